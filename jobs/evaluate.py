@@ -1,0 +1,8 @@
+"""The `evaluate` stage as a Ray job: `ray job submit --working-dir . -- python -m jobs.evaluate jobs/configs/demo.yaml`."""
+
+import sys
+
+from oppu_ray.cli import job
+
+if __name__ == "__main__":
+    sys.exit(job("evaluate"))

@@ -1,0 +1,8 @@
+"""The `train` stage as a Ray job: `ray job submit --working-dir . -- python -m jobs.train jobs/configs/demo.yaml`."""
+
+import sys
+
+from oppu_ray.cli import job
+
+if __name__ == "__main__":
+    sys.exit(job("train"))

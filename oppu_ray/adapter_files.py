@@ -1,0 +1,270 @@
+"""An adapter outside the bank: `AdapterState` <-> one folder in plain PEFT format (the arrow `train_pack -> vault`).
+
+In: the tensors and PEFT config that training hands out. Out: `adapter_config.json` and `adapter_model.safetensors`,
+which `PeftModel.from_pretrained` loads unchanged. A reader might question that we read the files ourselves: PEFT 0.21
+takes a partial state dict, wrong names and NaN without a word, and falls back to a pickle when the safetensors file is
+missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from oppu_ray.core import AdapterState
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TENSOR_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|ia3_l)")
+PROMPT_KEY = "prompt_embeddings"
+
+_COMMON_KEYS = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
+_KEYS_OF_KIND = {
+    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "init_lora_weights"},
+    "IA3": {"target_modules", "feedforward_modules", "init_ia3_weights"},
+    "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads",
+                      "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"},
+}  # fmt: skip
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+def save_adapter(folder: Path, adapter: AdapterState) -> None:
+    """Writes `adapter` as a new folder that PEFT loads; either the whole folder appears, on disk, or nothing does.
+
+    Args:
+        folder: Must not exist yet, or be empty: an adapter is never overwritten.
+        adapter: float32 arrays under PEFT's on-disk names. `peft_config` needs `peft_type`, `base_model_name_or_path`
+            and what differs from PEFT's defaults; all other keys are filled in as PEFT writes them.
+
+    Raises:
+        ValueError: for anything that `load_adapter` would refuse, or a folder that is already there.
+    """
+    where = str(folder)
+    kind = _check_kind(adapter.peft_config, where)
+    if not adapter.peft_config.get("base_model_name_or_path"):
+        raise ValueError(f"{where}: peft_config has no 'base_model_name_or_path'; expected the base's hub id or folder")
+    try:
+        config = _peft_config_class(kind)(**{**adapter.peft_config, "task_type": "CAUSAL_LM", "inference_mode": True})
+    except TypeError as error:
+        raise ValueError(f"{where}: peft_config has a key that PEFT does not know: {error}") from error
+    peft_config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    check_adapter(AdapterState(adapter.tensors, peft_config), where)
+    with new_folder(folder) as partial:
+        text = json.dumps(peft_config, indent=2, sort_keys=True)
+        (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
+        tensors = {key: np.ascontiguousarray(tensor) for key, tensor in adapter.tensors.items()}
+        save_file(tensors, partial / TENSORS_NAME, metadata={"format": "pt"})
+
+
+def load_adapter(folder: Path) -> AdapterState:
+    """Reads one adapter folder, made here or by PEFT, and verifies it as `check_adapter` says.
+
+    Returns:
+        AdapterState: tensors in float32 (float16 and bfloat16 files are widened), `peft_config` as it stands on disk.
+
+    Raises:
+        ValueError: naming the folder or file, the key, the value and what is expected. Pickle files are never opened.
+    """
+    config_path, tensors_path = folder / CONFIG_NAME, folder / TENSORS_NAME
+    if not config_path.is_file():
+        raise ValueError(f"{folder}: no {CONFIG_NAME}; expected a folder with an adapter in PEFT format")
+    if not tensors_path.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
+        raise ValueError(f"{folder}: {found}; expected {TENSORS_NAME}")
+    try:
+        peft_config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: not JSON: {error}") from error
+    if not isinstance(peft_config, dict):
+        raise ValueError(f"{config_path}: holds a {type(peft_config).__name__}; expected an object with 'peft_type'")
+    try:
+        with safe_open(tensors_path, framework="pt") as file:
+            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+            for key, dtype in dtypes.items():
+                if dtype not in _FLOAT_DTYPES:
+                    raise ValueError(f"{tensors_path}: {key!r} is {dtype}; expected one of {', '.join(_FLOAT_DTYPES)}")
+            tensors = {key: file.get_tensor(key).float().numpy() for key in dtypes}
+    except SafetensorError as error:
+        raise ValueError(f"{tensors_path}: not a whole safetensors file: {error}") from error
+    adapter = AdapterState(tensors, peft_config)
+    check_adapter(adapter, str(folder))
+    return adapter
+
+
+def check_adapter(adapter: AdapterState, where: str) -> None:
+    """Verifies an adapter against its own config: kind, options, exact keys, shapes, float32, finite values.
+
+    Without the base it can't know how many layers there must be: whoever puts the adapter on a base compares the keys.
+
+    Args:
+        adapter: As loaded, or about to be saved.
+        where: What an error calls it, e.g. the folder.
+
+    Raises:
+        ValueError: naming `where`, the key, the value and what is expected.
+    """
+    config, tensors = adapter.peft_config, adapter.tensors
+    kind = _check_kind(config, where)
+    _check_options(config, kind, where)
+    if not tensors:
+        raise ValueError(f"{where}: holds no tensors; expected those of a {kind} adapter")
+    for key, tensor in tensors.items():
+        if tensor.dtype != np.float32:
+            raise ValueError(f"{where}: {key!r} is {tensor.dtype}; expected float32")
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{where}: {key!r} holds NaN or infinite values; expected finite ones")
+    if kind == "PROMPT_TUNING":
+        _check_prompt(tensors, config, where)
+    else:
+        _check_modules(tensors, config, kind, where)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`, which a clean exit syncs to disk and renames to `target` in one step.
+
+    After an exception, or a kill, there is no `target`; a killed process leaves a hidden `.<name>.*.partial` behind.
+
+    Raises:
+        ValueError: if `target` already exists and is not an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: already exists and is never overwritten; expected a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def matches_target(module: str, target_modules: str | list[str]) -> bool:
+    """Whether PEFT would put an adapter on `module`: a string is a full-match regex, a list holds names or endings."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in target_modules)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _peft_config_class(kind: str) -> Any:
+    # Imported here: PEFT brings torch along, and `oppu doctor` reads this package where either may be missing.
+    from peft import IA3Config, LoraConfig, PromptTuningConfig
+
+    return {"LORA": LoraConfig, "IA3": IA3Config, "PROMPT_TUNING": PromptTuningConfig}[kind]
+
+
+def _check_kind(config: Mapping[str, Any], where: str) -> str:
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in _KEYS_OF_KIND:
+        raise ValueError(f"{where}: peft_type is {kind!r}; expected one of {', '.join(_KEYS_OF_KIND)}")
+    return str(getattr(kind, "value", kind))
+
+
+def _check_options(config: Mapping[str, Any], kind: str, where: str) -> None:
+    """An option we do not know must stand at PEFT's default: any other value would change what the tensors mean."""
+    defaults = _peft_config_class(kind)().to_dict()
+    for key in config.keys() - _COMMON_KEYS - _KEYS_OF_KIND[kind]:
+        if config[key] != defaults.get(key) and (config[key] or defaults.get(key)):
+            raise ValueError(f"{where}: {key} is {config[key]!r}; expected PEFT's default {defaults.get(key)!r}")
+    if kind == "PROMPT_TUNING":
+        _check_count(config, "num_virtual_tokens", where)
+        return
+    _check_names(config, "target_modules", where)
+    if config.get("feedforward_modules"):
+        _check_names(config, "feedforward_modules", where)
+    if kind == "LORA":
+        _check_count(config, "r", where)
+        alpha = config.get("lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"{where}: lora_alpha is {alpha!r}; expected a finite number")
+        if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+            raise ValueError(
+                f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base; "
+                "expected true, false or 'gaussian'"
+            )
+
+
+def _check_names(config: Mapping[str, Any], key: str, where: str) -> None:
+    names = config.get(key)
+    try:
+        if isinstance(names, str):
+            re.compile(names)
+            return
+        if names and isinstance(names, list | tuple | set) and all(isinstance(name, str) for name in names):
+            return
+    except re.error:
+        pass
+    raise ValueError(f"{where}: {key} is {names!r}; expected a list of module names, or a regular expression")
+
+
+def _check_count(config: Mapping[str, Any], key: str, where: str) -> None:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: {key} is {value!r}; expected a positive whole number")
+
+
+def _check_prompt(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], where: str) -> None:
+    if set(tensors) != {PROMPT_KEY}:
+        raise ValueError(f"{where}: has keys {sorted(tensors)}; expected exactly {PROMPT_KEY!r}")
+    shape = tensors[PROMPT_KEY].shape
+    wanted = (config["num_virtual_tokens"], config.get("token_dim") or (shape[-1] if shape else 0))
+    if shape != wanted or 0 in shape:
+        raise ValueError(f"{where}: {PROMPT_KEY!r} has shape {shape}; expected {wanted} (tokens x token_dim)")
+
+
+def _check_modules(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], kind: str, where: str) -> None:
+    parts_of_kind = {"lora_A.weight", "lora_B.weight"} if kind == "LORA" else {"ia3_l"}
+    parts_of_module: dict[str, set[str]] = {}
+    targets = config["target_modules"]
+    for key, tensor in tensors.items():
+        match = TENSOR_KEY.fullmatch(key)
+        if match is None or match["part"] not in parts_of_kind or not matches_target(match["module"], targets):
+            raise ValueError(f"{where}: {key!r} is not a key of a {kind} adapter with target_modules {targets!r}")
+        wanted = _expected_shape(match["module"], match["part"], tensor, config)
+        if tensor.shape != wanted or 0 in tensor.shape:
+            raise ValueError(f"{where}: {key!r} has shape {tensor.shape}; expected {wanted}")
+        parts_of_module.setdefault(match["module"], set()).add(match["part"])
+    for module, parts in parts_of_module.items():
+        if missing := parts_of_kind - parts:
+            raise ValueError(f"{where}: {module!r} has no {missing.pop()}; expected {sorted(parts_of_kind)}")
+    if not isinstance(targets, str):
+        for target in targets:
+            if not any(matches_target(module, [target]) for module in parts_of_module):
+                raise ValueError(f"{where}: no tensors for target module {target!r}; expected at least one layer's")
+
+
+def _expected_shape(module: str, part: str, tensor: np.ndarray, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """A [r, in], B [out, r]; IA3 scales an attention linear's output, [out, 1], or a feed-forward's input, [1, in]."""
+    if part == "lora_A.weight":
+        return (config["r"], tensor.shape[-1] if tensor.ndim else 0)
+    if part == "lora_B.weight":
+        return (tensor.shape[0] if tensor.ndim else 0, config["r"])
+    if matches_target(module, config.get("feedforward_modules") or []):
+        return (1, tensor.size)
+    return (tensor.size, 1)

@@ -1,0 +1,506 @@
+"""The bank: every user's adapter in one stack of slots over one frozen base (design decision D2).
+
+In: a Hugging Face model whose target linears are wrapped once, and per slot an adapter (LoRA of any rank up to the
+bank's, IA3, or prompt tuning; mixed freely). Out: each token of a stream computed with its own slot's adapter, the
+gradients of all slots, one Adam step for all of them, and adapters in PEFT's own names.
+The decision a reader would question: a slot's product runs over that slot's tokens alone, never as one masked product
+over all slots. That is what keeps one user's NaN, and one user's rounding, out of another user's adapter.
+
+Shapes: T tokens, S slots, R rank of the bank, I and O widths of a linear, D hidden, P virtual tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oppu_ray.attention import NAME, DecodePlan, SegmentPlan
+from oppu_ray.config import PeftConfig
+from oppu_ray.core import AdapterState
+
+DEFAULT_TARGETS = {"lora": ("q_proj", "v_proj"), "ia3": ("k_proj", "v_proj", "down_proj"), "prompt": ()}
+IA3_INPUT_TARGETS = ("down_proj",)
+PREFIX = "base_model.model."
+
+Ranges = Sequence[tuple[int, int, int]]
+
+
+class Stack:
+    """One stacked parameter [S, ...] in float32, with its gradient, Adam moments and a copy in the compute type."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, trainable: bool):
+        def zeros() -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        self.value = zeros()
+        self.compute = self.value.to(dtype)
+        self.grad, self.mean, self.square = (zeros(), zeros(), zeros()) if trainable else (None, None, None)
+
+    def clear(self, slot: int) -> None:
+        """Zero one slot, its Adam state included."""
+        for state in (self.value, self.compute, self.grad, self.mean, self.square):
+            if state is not None:
+                state[slot] = 0
+
+    def write(self, slot: int, value: Tensor) -> None:
+        """Write a cleared slot; a smaller value (a lower rank) leaves zeros around it."""
+        self.value[slot][tuple(slice(n) for n in value.shape)] = value.to(self.value)
+        self.compute[slot] = self.value[slot]
+
+
+class BankLinear(nn.Module):
+    """A frozen linear plus the slots' LoRA products and IA3 scales."""
+
+    def __init__(self, base: nn.Module, bank: AdapterBank, name: str):
+        super().__init__()
+        self.base = base
+        self.bank = [bank]  # in a list, so that the bank isn't registered as a submodule
+        self.name = name
+        self.a: Stack | None = None
+        self.b: Stack | None = None
+        self.scale: Stack | None = None
+        self.scales_input = name.rsplit(".", 1)[-1] in IA3_INPUT_TARGETS
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank = self.bank[0]
+        if self.scale is not None and self.scales_input and (ranges := bank.active("ia3")):
+            x = _Scale.apply(x, bank.anchor, self.scale, ranges)
+        y = self.base(x)
+        if self.a is not None and (ranges := bank.active("lora")):
+            masks = bank.dropout_masks(x) if self.training else None
+            y = _LoRA.apply(y, x, bank.anchor, self.a, self.b, bank.scaling_S, ranges, masks)
+        if self.scale is not None and not self.scales_input and (ranges := bank.active("ia3")):
+            y = _Scale.apply(y, bank.anchor, self.scale, ranges)
+        return y
+
+
+class _LoRA(torch.autograd.Function):
+    """y += scaling * (x A^T) B^T for each slot's tokens; gradients go straight into the stacks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        anchor: Tensor,
+        a: Stack,
+        b: Stack,
+        scaling_S: list[float],
+        ranges: Ranges,
+        masks: list[Tensor] | None,
+    ) -> Tensor:
+        y_TO, x_TI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        uniform = _uniform(ranges, x_TI.shape[0]) if masks is None else None
+        if uniform is not None:
+            slots, num = uniform
+            low = x_TI.view(len(ranges), num, -1) @ a.compute[slots].transpose(1, 2)
+            low *= _column(scaling_S, ranges, low)
+            y_TO.view(len(ranges), num, -1).baddbmm_(low, b.compute[slots].transpose(1, 2))
+        else:
+            for index, (slot, start, stop) in enumerate(ranges):
+                x_s = x_TI[start:stop] if masks is None else x_TI[start:stop] * masks[index]
+                y_TO[start:stop].addmm_(x_s @ a.compute[slot].T, b.compute[slot].T, alpha=scaling_S[slot])
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x_TI)
+        ctx.parts = a, b, scaling_S, ranges, masks
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_TI,) = ctx.saved_tensors
+        a, b, scaling_S, ranges, masks = ctx.parts
+        grad_TO = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_x = torch.zeros_like(x_TI) if ranges_cover(ranges) < x_TI.shape[0] else torch.empty_like(x_TI)
+        for index, (slot, start, stop) in enumerate(ranges):
+            x_s, grad_s = x_TI[start:stop], grad_TO[start:stop]
+            if masks is not None:
+                x_s = x_s * masks[index]
+            low, low_grad = x_s @ a.compute[slot].T, grad_s @ b.compute[slot]
+            b.grad[slot].add_(grad_s.T @ low, alpha=scaling_S[slot])
+            a.grad[slot].add_(low_grad.T @ x_s, alpha=scaling_S[slot])
+            torch.mm(low_grad, a.compute[slot], out=grad_x[start:stop]).mul_(scaling_S[slot])
+            if masks is not None:
+                grad_x[start:stop] *= masks[index]
+        return grads[0], grad_x.view(*grads[0].shape[:-1], -1), None, None, None, None, None, None
+
+
+class _Scale(torch.autograd.Function):
+    """x * scale for each slot's tokens (IA3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, scale: Stack, ranges: Ranges) -> Tensor:
+        y = x.clone()
+        y_TD = y.view(-1, y.shape[-1])
+        for slot, start, stop in ranges:
+            y_TD[start:stop] *= scale.compute[slot]
+        ctx.save_for_backward(x)
+        ctx.parts = scale, ranges
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        scale, ranges = ctx.parts
+        grad_x = grads[0].clone()
+        x_TD, grad_TD = x.reshape(-1, x.shape[-1]), grad_x.view(-1, x.shape[-1])
+        for slot, start, stop in ranges:
+            scale.grad[slot].add_((grad_TD[start:stop].float() * x_TD[start:stop].float()).sum(0))
+            grad_TD[start:stop] *= scale.compute[slot]
+        return grad_x, None, None, None
+
+
+class _Virtual(torch.autograd.Function):
+    """Write each slot's prompt-tuning vectors over its rows' virtual positions."""
+
+    @staticmethod
+    def forward(ctx: Any, embeds_TD: Tensor, anchor: Tensor, prompts: Stack, virtual: Ranges) -> Tensor:
+        for slot, start, stop in virtual:
+            embeds_TD[start:stop] = prompts.compute[slot, : stop - start]
+        ctx.mark_dirty(embeds_TD)
+        ctx.parts = prompts, virtual
+        return embeds_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        prompts, virtual = ctx.parts
+        for slot, start, stop in virtual:
+            prompts.grad[slot, : stop - start] += grads[0][start:stop]
+        return grads[0], None, None, None
+
+
+def ranges_cover(ranges: Ranges) -> int:
+    """Number of tokens the ranges cover."""
+    return sum(stop - start for _, start, stop in ranges)
+
+
+def _uniform(ranges: Ranges, num_tokens: int) -> tuple[slice | list[int], int] | None:
+    """(slots, tokens each) where every slot has as many tokens and together they are the stream, else None."""
+    num = ranges[0][2] - ranges[0][1]
+    if len(ranges) < 2 or num * len(ranges) != num_tokens or any(stop - start != num for _, start, stop in ranges):
+        return None
+    slots = [slot for slot, _, _ in ranges]
+    if slots == list(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots)), num
+    return slots, num
+
+
+def _column(scaling_S: list[float], ranges: Ranges, like: Tensor) -> Tensor:
+    return torch.tensor([scaling_S[slot] for slot, _, _ in ranges], dtype=like.dtype, device=like.device)[:, None, None]
+
+
+class AdapterBank:
+    """S slots of adapters over `model`, whose target linears are wrapped in place.
+
+    Args:
+        model: A frozen Hugging Face causal LM.
+        num_slots: How many adapters at once.
+        configs: The adapter shapes to expect; the bank's rank and targets are the largest and the union of theirs.
+        trainable: Whether to hold gradients and Adam moments.
+
+    Raises:
+        ValueError: A target module name is not found among the model's linears.
+    """
+
+    def __init__(self, model: nn.Module, num_slots: int, configs: Iterable[PeftConfig], trainable: bool):
+        configs = list(configs)
+        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        self.model, self.num_slots, self.trainable = model, num_slots, trainable
+        self.dtype, self.device, self.hidden = weight.dtype, weight.device, weight.shape[1]
+        self.anchor = torch.zeros((), device=self.device, requires_grad=trainable)
+        self.peft: list[PeftConfig | None] = [None] * num_slots
+        self.scaling_S: list[float] = [0.0] * num_slots
+        self.seeds: list[int] = [0] * num_slots
+        self.linears: dict[str, BankLinear] = {}
+        self.prompts: Stack | None = None
+        self._ranges: Ranges = ()
+        self._dropout_step = 0
+        self._dropout_calls = 0
+        for kind in ("lora", "ia3"):
+            of_kind = [config for config in configs if config.kind == kind]
+            if of_kind:
+                rank = max(config.rank for config in of_kind)
+                for name in sorted({t for config in of_kind for t in targets(config)}):
+                    self._wrap(name, kind, rank)
+        num_virtual = max((config.num_virtual_tokens for config in configs if config.kind == "prompt"), default=0)
+        if num_virtual:
+            self.prompts = self._stack(num_virtual, self.hidden)
+
+    def _stack(self, *shape: int) -> Stack:
+        return Stack((self.num_slots, *shape), self.dtype, self.device, self.trainable)
+
+    def _wrap(self, target: str, kind: str, rank: int) -> None:
+        found = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if name.rsplit(".", 1)[-1] == target and isinstance(module, nn.Linear | BankLinear)
+        ]
+        if not found:
+            linears = {n.rsplit(".", 1)[-1] for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+            raise ValueError(f"target module {target!r} is not a linear of this model; it has {sorted(linears)}")
+        for name, module in found:
+            if not isinstance(module, BankLinear):
+                parent, _, child = name.rpartition(".")
+                base, module = module, BankLinear(module, self, name)
+                module.train(base.training)
+                setattr(self.model.get_submodule(parent), child, module)
+                self.linears[name] = module
+            if kind == "lora":
+                module.a, module.b = self._stack(rank, module.in_features), self._stack(module.out_features, rank)
+            else:
+                module.scale = self._stack(module.in_features if module.scales_input else module.out_features)
+
+    def remove(self) -> None:
+        """Put the model's own linears back."""
+        for name, linear in self.linears.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, linear.base)
+        self.linears = {}
+
+    def stacks(self) -> dict[str, Stack]:
+        """Every stacked parameter by name, in a fixed order."""
+        found = {}
+        for name, linear in self.linears.items():
+            for part in ("a", "b", "scale"):
+                stack = getattr(linear, part)
+                if stack is not None:
+                    found[f"{name}.{part}"] = stack
+        if self.prompts is not None:
+            found["prompts"] = self.prompts
+        return found
+
+    def use(self, ranges: Ranges, dropout_step: int = 0) -> None:
+        """Say which slot computes which tokens in the passes that follow. (-1, start, stop) is the base alone."""
+        self._ranges = [r for r in ranges if r[0] >= 0]
+        self._dropout_step, self._dropout_calls = dropout_step, 0
+
+    def active(self, kind: str) -> Ranges:
+        """The ranges whose slot holds an adapter of `kind`."""
+        return [r for r in self._ranges if (peft := self.peft[r[0]]) is not None and peft.kind == kind]
+
+    def hidden_states(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, plan: SegmentPlan | DecodePlan, virtual: Ranges = ()
+    ) -> Tensor:
+        """Last hidden states [T, D] of one stream, computed with the slots given to `use`."""
+        embeds_TD = self.model.get_input_embeddings()(input_ids_T)  # type: ignore[operator]
+        output = self.model.base_model(  # type: ignore[operator]
+            inputs_embeds=self._embed(embeds_TD, virtual)[None],
+            position_ids=position_ids_T[None],
+            use_cache=False,
+            plan=plan,
+        )
+        return output.last_hidden_state[0]
+
+    def _embed(self, embeds_TD: Tensor, virtual: Ranges) -> Tensor:
+        """Put prompt-tuning vectors in place of virtual tokens' embeddings."""
+        if not virtual:
+            return embeds_TD
+        return _Virtual.apply(embeds_TD, self.anchor, self.prompts, virtual)
+
+    def dropout_masks(self, x: Tensor) -> list[Tensor] | None:
+        """One inverted-dropout mask per active range, drawn from the user's own seed and the number of the layer."""
+        ranges = self.active("lora")
+        rates = [self.peft[slot].dropout for slot, _, _ in ranges]  # type: ignore[union-attr]
+        if not any(rates):
+            return None
+        self._dropout_calls += 1
+        masks = []
+        for (slot, start, stop), rate in zip(ranges, rates, strict=True):
+            generator = torch.Generator().manual_seed(
+                hash((self.seeds[slot], self._dropout_step, self._dropout_calls)) & 0x7FFFFFFFFFFFFFFF
+            )
+            keep = torch.rand(stop - start, x.shape[-1], generator=generator) >= rate
+            masks.append((keep / (1 - rate)).to(x))
+        return masks
+
+    def start(self, slot: int, peft: PeftConfig, seed: int) -> None:
+        """Initialise a fresh adapter as PEFT does, from the user's own seed: it starts as the base model.
+
+        Prompt tuning starts from embeddings of random vocabulary words (Lester et al. 2021), since there is no neutral
+        start.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        self._occupy(slot, peft, seed)
+        for linear in self._targeted(peft):
+            if peft.kind == "lora":
+                bound = 1 / math.sqrt(linear.in_features)
+                a = (torch.rand(peft.rank, linear.in_features, generator=generator) * 2 - 1) * bound
+                linear.a.write(slot, a)  # type: ignore[union-attr]
+            else:
+                linear.scale.write(slot, torch.ones(linear.scale.value.shape[1]))  # type: ignore[union-attr]
+        if peft.kind == "prompt":
+            embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+            ids = torch.randint(embedding.weight.shape[0], (peft.num_virtual_tokens,), generator=generator)
+            with torch.no_grad():
+                self.prompts.write(slot, embedding(ids.to(self.device)).float())  # type: ignore[union-attr]
+
+    def _occupy(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
+        self.peft[slot], self.seeds[slot], self.scaling_S[slot] = peft, seed, scaling(peft)
+        for stack in self.stacks().values():
+            stack.clear(slot)
+
+    def _targeted(self, peft: PeftConfig) -> list[BankLinear]:
+        names = targets(peft)
+        return [linear for name, linear in self.linears.items() if name.rsplit(".", 1)[-1] in names]
+
+    def export(self, slot: int) -> AdapterState:
+        """The slot's adapter as float32 arrays under PEFT's on-disk names."""
+        peft = self.peft[slot]
+        if peft is None:
+            raise ValueError(f"slot {slot} is empty")
+        tensors = {}
+        for key, (stack, shape) in self._places(peft).items():
+            value = stack.value[slot]
+            if peft.kind != "ia3":
+                value = value[tuple(slice(n) for n in shape)]
+            tensors[key] = value.reshape(shape).cpu().numpy().copy()
+        return AdapterState(tensors, peft_dict(peft))
+
+    def load(self, slot: int, adapter: AdapterState) -> None:
+        """Put an exported adapter in a slot.
+
+        Raises:
+            ValueError: The adapter does not fit the bank (kind, rank, target modules, shapes, NaN); the slot is as before.
+        """
+        peft = peft_from_dict(adapter.peft_config)
+        places = self._places(peft)
+        if set(places) != set(adapter.tensors):
+            odd = sorted(set(places) ^ set(adapter.tensors))[:3]
+            raise ValueError(f"the adapter's tensors do not match this bank's target modules: {odd}")
+        for key, (stack, shape) in places.items():
+            value = adapter.tensors[key]
+            if value.shape != shape or math.prod(shape) > stack.value[0].numel():
+                raise ValueError(f"the adapter's {key} has shape {value.shape}, expected {shape} within the bank's rank")
+            if not np.isfinite(value).all():
+                raise ValueError(f"the adapter's {key} has a value that is not finite")
+        self._occupy(slot, peft)
+        for key, (stack, _) in places.items():
+            value = torch.from_numpy(adapter.tensors[key])
+            stack.write(slot, value.flatten() if key.endswith("ia3_l") else value)
+
+    def _places(self, peft: PeftConfig) -> dict[str, tuple[Stack, tuple[int, ...]]]:
+        """PEFT's on-disk name -> the stack that holds it and its shape on disk."""
+        places: dict[str, tuple[Stack | None, tuple[int, ...]]] = {}
+        for linear in self._targeted(peft):
+            key = PREFIX + linear.name
+            if peft.kind == "lora":
+                places[f"{key}.lora_A.weight"] = linear.a, (peft.rank, linear.in_features)
+                places[f"{key}.lora_B.weight"] = linear.b, (linear.out_features, peft.rank)
+            else:
+                shape = (1, linear.in_features) if linear.scales_input else (linear.out_features, 1)
+                places[f"{key}.ia3_l"] = linear.scale, shape
+        if peft.kind == "prompt":
+            places["prompt_embeddings"] = self.prompts, (peft.num_virtual_tokens, self.hidden)
+        if not places or any(stack is None for stack, _ in places.values()):
+            raise ValueError(f"this bank was not made for {peft}")
+        return places  # type: ignore[return-value]
+
+    def zero_grad(self) -> None:
+        for stack in self.stacks().values():
+            stack.grad.zero_()  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def adam_step(
+        self,
+        learning_rates: dict[int, float],
+        step: int,
+        clip_norm: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> dict[int, float]:
+        """One AdamW step, each slot as if it were alone: own gradient norm, own clipping, own learning rate.
+
+        Args:
+            learning_rates: Slot -> learning rate; slots not named are left untouched, moments included.
+            step: Number of this step, from 1, equal for all named slots.
+            clip_norm: Largest gradient norm of a slot; 0 means no clipping.
+
+        Returns:
+            Slot -> gradient norm before clipping.
+        """
+        slots = torch.tensor(sorted(learning_rates), device=self.device)
+        stacks = list(self.stacks().values())
+        squares_S = sum(stack.grad[slots].flatten(1).pow(2).sum(1) for stack in stacks)  # type: ignore[index]
+        norm_S = squares_S.sqrt()  # type: ignore[union-attr]
+        factor_S = (clip_norm / (norm_S + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm_S)
+        rate_S = torch.tensor([learning_rates[int(slot)] for slot in slots], device=self.device)
+        correction1, correction2 = 1 - betas[0] ** step, 1 - betas[1] ** step
+        for stack in stacks:
+            shape = (-1, *[1] * (stack.value.dim() - 1))
+            grad = stack.grad[slots] * factor_S.view(shape)  # type: ignore[index]
+            mean = stack.mean[slots].lerp_(grad, 1 - betas[0])  # type: ignore[index]
+            square = stack.square[slots].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])  # type: ignore[index]
+            stack.mean[slots], stack.square[slots] = mean, square  # type: ignore[index]
+            denominator = square.sqrt_().div_(math.sqrt(correction2)).add_(eps)
+            rate = rate_S.view(shape)
+            value = stack.value[slots].mul_(1 - rate * weight_decay)
+            stack.value[slots] = value.sub_(mean.div_(denominator).mul_(rate / correction1))
+            stack.compute[slots] = stack.value[slots].to(self.dtype)
+        return dict(zip(slots.tolist(), norm_S.tolist(), strict=True))
+
+
+def targets(peft: PeftConfig) -> tuple[str, ...]:
+    """The adapter's target module names (last parts)."""
+    return peft.target_modules or DEFAULT_TARGETS[peft.kind]
+
+
+def scaling(peft: PeftConfig) -> float:
+    """What the LoRA product is multiplied by; rsLoRA divides by the root of the rank (Kalajdzievski 2023)."""
+    return peft.alpha / (math.sqrt(peft.rank) if peft.rslora else peft.rank)
+
+
+def peft_dict(peft: PeftConfig) -> dict[str, Any]:
+    """PEFT's own names for the adapter's shape, as in adapter_config.json."""
+    if peft.kind == "lora":
+        return {
+            "peft_type": "LORA",
+            "r": peft.rank,
+            "lora_alpha": peft.alpha,
+            "lora_dropout": peft.dropout,
+            "use_rslora": peft.rslora,
+            "target_modules": sorted(targets(peft)),
+        }
+    if peft.kind == "ia3":
+        names = sorted(targets(peft))
+        feedforward = [name for name in names if name in IA3_INPUT_TARGETS]
+        return {"peft_type": "IA3", "target_modules": names, "feedforward_modules": feedforward}
+    return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": peft.num_virtual_tokens}
+
+
+def peft_from_dict(values: dict[str, Any]) -> PeftConfig:
+    """The inverse of `peft_dict`, for any adapter_config.json of the three kinds.
+
+    Raises:
+        ValueError: The PEFT type is none of LORA, IA3, PROMPT_TUNING.
+    """
+    kind = str(values.get("peft_type", "")).rsplit(".", 1)[-1]
+    names = values.get("target_modules") or ()
+    modules = (names,) if isinstance(names, str) else tuple(sorted(names))
+    if kind == "LORA":
+        return PeftConfig(
+            kind="lora",
+            rank=int(values["r"]),
+            alpha=float(values["lora_alpha"]),
+            rslora=bool(values.get("use_rslora", False)),
+            dropout=float(values.get("lora_dropout", 0.0)),
+            target_modules=modules,
+        )
+    if kind == "IA3":
+        return PeftConfig(kind="ia3", target_modules=modules)
+    if kind == "PROMPT_TUNING":
+        return PeftConfig(kind="prompt", num_virtual_tokens=int(values["num_virtual_tokens"]))
+    raise ValueError(f"PEFT type {kind!r} is not supported; expected LORA, IA3 or PROMPT_TUNING")

@@ -1,0 +1,207 @@
+"""The nouns of the line: what crosses from one file to the next.
+
+Frozen dataclasses only; no behaviour beyond a few derived counts. See DESIGN in the README for the line itself:
+raw file -> UserHistory -> TrainingPair -> Example -> Pack -> TrainResult -> adapter on disk -> Answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from oppu_ray.config import PeftConfig
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing a user did: the unit of a history, and of a query (whose target field is then the gold).
+
+    Args:
+        item_id: Unique within the user.
+        time: ISO 8601 string or year, or None where the source has no times (then list order is time order).
+        text: What the user read or wrote: the input of most tasks, the target of tweets and chat replies.
+        label: Closed-set target (tag, category, rating, "[1]"), or None.
+        title: Free-text target (headline, paper title, subject; LaMP-1: the cited paper), or None.
+        abstract: LaMP-1's abstract of the user's own paper, or None.
+        keywords: Style-free input of a tweet, or None.
+        context: Turns before a chat reply, oldest first.
+        options: LaMP-1's two candidate references.
+    """
+
+    item_id: str
+    time: str | None = None
+    text: str = ""
+    label: str | None = None
+    title: str | None = None
+    abstract: str | None = None
+    keywords: str | None = None
+    context: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UserHistory:
+    """A user's past `items`, oldest first, and the later `queries` to answer. Roles: "target" or "base"."""
+
+    user_id: str
+    role: str
+    items: tuple[Item, ...]
+    queries: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A user or line that was left out, and why. One line of `rejected.jsonl`."""
+
+    path: str
+    line: int | None
+    user_id: str | None
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in its parts, so that what is shared can come first and what is cut is decided in one place.
+
+    Args:
+        instruction: The task's fixed text, label list included; equal for every item of a task.
+        input: The item's or query's own text: the only part that may be shortened.
+        cue: The last words before the answer, e.g. "\ntag:".
+        profile: The user's text profile, or "".
+        memory: Retrieved items as lines, best first; dropped from the end when the prompt is too long.
+        order: "shared_first" (profile, instruction, memory, input, cue) or "paper" (profile, memory, instruction, ...).
+    """
+
+    instruction: str
+    input: str
+    cue: str
+    profile: str = ""
+    memory: tuple[str, ...] = ()
+    order: str = "shared_first"
+
+
+@dataclass(frozen=True)
+class TrainingPair:
+    """What the model reads and what it must say. The loss is on the completion only."""
+
+    prompt: Prompt
+    completion: str
+    item_id: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised pair: `input_ids[:num_prompt]` is the prompt, the rest (never empty) carries the loss."""
+
+    input_ids: tuple[int, ...]
+    num_prompt: int
+
+    @property
+    def num_completion(self) -> int:
+        return len(self.input_ids) - self.num_prompt
+
+
+@dataclass(frozen=True)
+class UserWork:
+    """All that is needed to train one user: nothing here depends on any other user."""
+
+    user_id: str
+    seed: int
+    peft: PeftConfig
+    steps: tuple[tuple[Example, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(example.input_ids) for step in self.steps for example in step)
+
+
+@dataclass(frozen=True)
+class UserSize:
+    """What may be known of a user outside their shard: counts, no text."""
+
+    user_id: str
+    num_items: int
+    num_words: int
+    num_queries: int = 0
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A closed set of users of similar size, trained together from start to end (design decision D3)."""
+
+    pack_id: int
+    user_ids: tuple[str, ...]
+    num_words: int
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """A trained adapter outside the bank: plain arrays in PEFT's key names, float32, and its PEFT config."""
+
+    tensors: dict[str, np.ndarray]
+    peft_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """One user's outcome: an adapter and its losses per step, or an error and no adapter."""
+
+    user_id: str
+    adapter: AdapterState | None
+    losses: tuple[float, ...] = ()
+    error: str | None = None
+    num_useful_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class UserDone:
+    """What leaves a worker when a user is trained: counts, losses and the committed version, or the reason for failing."""
+
+    user_id: str
+    version: str | None
+    error: str | None
+    first_loss: float
+    last_loss: float
+    num_steps: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to the engine. `adapter_id` is None for the shared model alone."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    adapter_id: str | None = None
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The engine's reply to a request, in tokens; special tokens that ended it are left out."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer of one arm to one query: one line of `predictions.jsonl`.
+
+    Args:
+        arm: Name of the way to answer, e.g. "task" or "oppu".
+        text: The answer as text.
+        nll: Negative log-likelihood per completion token of the gold, in nats; None for arms without a model.
+        label_text: For closed label sets, the label with the highest mean log-likelihood; else None.
+    """
+
+    arm: str
+    user_id: str
+    query_id: str
+    gold: str
+    text: str
+    nll: float | None = None
+    label_text: str | None = None

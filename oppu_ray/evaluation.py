@@ -1,0 +1,228 @@
+"""Answers by every arm, and what they prove: scores, paired gains with intervals, and controls (design decision D9).
+
+In: users with queries, and per arm a way to answer. Out: `Prediction`s, and from them the `arms`, `gains` and
+`controls` of result.json and a table.
+The decision a reader would question: two intervals are printed. Resampling queries asks "would these users gain on
+other queries", resampling users asks "would other users gain"; one user with many queries can carry the first alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from oppu_ray.base_model import Base
+from oppu_ray.config import Config
+from oppu_ray.core import AdapterState, Example, Item, Prediction, Request, UserHistory
+from oppu_ray.adapters import peft_from_dict
+from oppu_ray.inference import Engine
+from oppu_ray.metrics import score_answers, score_one
+from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
+from oppu_ray.tasks import Task, make_prompt, parse_answer, target_text
+
+REFERENCE = {"oppu": "task", "swapped": "task"}
+HEURISTIC_ARMS = ("majority_global", "majority_user", "last_user")
+MODEL_ARMS = ("base", "task", "oppu", "swapped")
+
+
+def answer_by_habit(task: Task, arm: str, users: Sequence[UserHistory], labels: dict[str, int]) -> list[Prediction]:
+    """The arms that read no text: the base users' majority label, the user's own majority, the user's last label."""
+    most_common = max(labels, key=lambda label: (labels[label], label)) if labels else ""
+    predictions = []
+    for user in users:
+        own = Counter(item.label for item in user.items if item.label)
+        last = next((item.label for item in reversed(user.items) if item.label), most_common)
+        majority = max(own, key=lambda label: (own[label], label == last, label)) if own else most_common
+        text = {"majority_global": most_common, "majority_user": majority, "last_user": last}[arm]
+        predictions += [
+            Prediction(arm, user.user_id, query.item_id, target_text(task, query), text) for query in user.queries
+        ]
+    return predictions
+
+
+def answer_users(
+    base: Base,
+    task: Task,
+    config: Config,
+    arm: str,
+    users: Sequence[UserHistory],
+    adapters: Sequence[AdapterState] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """One model arm's answers: greedy text, the gold's likelihood, and for closed label sets the likeliest label.
+
+    Args:
+        adapters: One per user, or None for the model alone.
+        progress: Called with the number of queries answered since the last call.
+    """
+    pefts = {peft_from_dict(adapter.peft_config) for adapter in adapters or ()}
+    engine = Engine(base.model, max(len(users), 1), sorted(pefts, key=str), max_rows=config.evaluate.batch_rows)
+    try:
+        for user, adapter in zip(users, adapters or (), strict=bool(adapters)):
+            engine.load(user.user_id, adapter)
+        queries = [(user.user_id, query) for user in users for query in user.queries]
+        names = [user_id if adapters else None for user_id, _ in queries]
+        prompts = [encode_query(base, task, config, query) for _, query in queries]
+        tokenize = plain_tokenizer(base.tokenizer)
+        longest = max((len(tokenize(" " + label)) for label in task.labels), default=config.evaluate.max_new_tokens)
+        num_new = min(config.evaluate.max_new_tokens, longest + 1)
+        requests = [
+            Request(str(i), prompt, name, num_new) for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        ]
+        answers = engine.generate(requests, stop_ids(base), progress) if requests else []
+        golds = [target_text(task, query) for _, query in queries]
+        scored = []
+        for prompt, gold, name in zip(prompts, golds, names, strict=True):
+            options = [gold, *(label for label in task.labels if label != gold)]
+            scored.append((name, [_example(base, prompt, option) for option in options]))
+        nlls = engine.score(scored)
+    finally:
+        engine.close()
+    predictions = []
+    for (user_id, query), gold, answer, (_, examples), nll in zip(queries, golds, answers, scored, nlls, strict=True):
+        options = [gold, *(label for label in task.labels if label != gold)]
+        totals = [mean * example.num_completion for mean, example in zip(nll, examples, strict=True)]
+        label = options[int(np.argmin(totals))] if task.labels else None
+        text = parse_answer(task, base.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        predictions.append(Prediction(arm, user_id, query.item_id, gold, text, nll[0], label))
+    return predictions
+
+
+def encode_query(base: Base, task: Task, config: Config, query: Item) -> tuple[int, ...]:
+    """A query's prompt in tokens, built just as in training."""
+    prompt = make_prompt(task, query, config.task.prompt_order, config.task.max_input_words)
+    room = config.personal.max_length - config.evaluate.max_new_tokens
+    return encode_prompt(prompt, plain_tokenizer(base.tokenizer), room, first_tokens(base.tokenizer))
+
+
+def stop_ids(base: Base) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's and the model's own end of sequence."""
+    own = getattr(base.model.generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return frozenset(token for token in (base.tokenizer.eos_token_id, *listed) if token is not None)
+
+
+def _example(base: Base, prompt: tuple[int, ...], target: str) -> Example:
+    completion = [*plain_tokenizer(base.tokenizer)(" " + target), base.tokenizer.eos_token_id]
+    return Example((*prompt, *completion), len(prompt))
+
+
+def summarise(task: Task, predictions: Sequence[Prediction], num_bootstrap: int, seed: int) -> dict[str, Any]:
+    """Scores per arm and paired gains.
+
+    Returns:
+        `arms.<arm>`: the task's metrics, `<metric>_by_label` for the likeliest label, `nll`, `num_queries`, `num_users`.
+        `gains.<arm>`: over the task-adapted model, in the task's first metric; `nll_gains` the same in nats per token;
+        `controls.oppu`: over the swapped adapter. More is better in all of them.
+    """
+    by_arm: dict[str, dict[tuple[str, str], Prediction]] = {}
+    for prediction in predictions:
+        by_arm.setdefault(prediction.arm, {})[prediction.user_id, prediction.query_id] = prediction
+    arms = {arm: _score_arm(task, list(answers.values())) for arm, answers in by_arm.items()}
+
+    def compare(arm: str, over: str, metric: str) -> dict[str, Any]:
+        return _gain(task, by_arm[arm], by_arm[over], over, metric, num_bootstrap, seed)
+
+    metric = {"classification": "accuracy", "rating": "mae", "generation": "rougeL"}[task.kind]
+    others = [arm for arm in by_arm if arm != "task"] if "task" in by_arm else []
+    modelled = [arm for arm in others if arm not in HEURISTIC_ARMS]
+    controls = {"oppu": compare("oppu", "swapped", metric)} if {"oppu", "swapped"} <= by_arm.keys() else {}
+    nll_controls = {"oppu": compare("oppu", "swapped", "nll")} if controls else {}
+    return {
+        "arms": arms,
+        "gains": {arm: compare(arm, "task", metric) for arm in others},
+        "nll_gains": {arm: compare(arm, "task", "nll") for arm in modelled},
+        "controls": controls,
+        "nll_controls": nll_controls,
+    }
+
+
+def _score_arm(task: Task, answers: list[Prediction]) -> dict[str, float]:
+    golds = [answer.gold for answer in answers]
+    scores = dict(score_answers(task, golds, [answer.text for answer in answers]))
+    if all(answer.label_text is not None for answer in answers):
+        by_label = score_answers(task, golds, [answer.label_text or "" for answer in answers])
+        scores |= {f"{name}_by_label": value for name, value in by_label.items()}
+    if all(answer.nll is not None for answer in answers):
+        scores["nll"] = float(np.mean([answer.nll for answer in answers]))  # type: ignore[misc]
+    return scores | {"num_queries": len(answers), "num_users": len({answer.user_id for answer in answers})}
+
+
+def _gain(
+    task: Task,
+    answers: dict[tuple[str, str], Prediction],
+    reference: dict[tuple[str, str], Prediction],
+    over: str,
+    metric: str,
+    num_bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Mean paired difference with 95 % percentile bootstrap intervals, over queries and over users."""
+    common = sorted(answers.keys() & reference.keys())
+
+    def value(prediction: Prediction) -> float:
+        return prediction.nll or 0.0 if metric == "nll" else score_one(task, prediction.gold, prediction.text)[metric]
+
+    sign = -1.0 if metric in ("nll", "mae", "rmse") else 1.0
+    gain_Q = np.array([sign * (value(answers[key]) - value(reference[key])) for key in common])
+    users = sorted({user_id for user_id, _ in common})
+    gain_U = np.array([gain_Q[[key[0] == user_id for key in common]].mean() for user_id in users])
+    low, high = bootstrap_interval(gain_Q, num_bootstrap, seed)
+    user_low, user_high = bootstrap_interval(gain_U, num_bootstrap, seed)
+    return {
+        "over": over,
+        "metric": metric,
+        "mean": float(gain_Q.mean()),
+        "low": low,
+        "high": high,
+        "by_user_mean": float(gain_U.mean()),
+        "by_user_low": user_low,
+        "by_user_high": user_high,
+        "changed": float(np.mean([answers[key].text != reference[key].text for key in common])),
+    }
+
+
+def bootstrap_interval(values: np.ndarray, num_bootstrap: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` under resampling with replacement."""
+    random = np.random.default_rng(seed)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(num_bootstrap)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+EXPLAINED = {
+    "majority_global": "the base users' most common label",
+    "majority_user": "the user's own most common label",
+    "last_user": "the user's last label",
+    "base": "the base model, no training",
+    "task": "task-adapted, same for everyone",
+    "oppu": "OPPU: the user's own adapter",
+    "swapped": "control: another user's adapter",
+}
+
+
+def format_table(task: Task, summary: dict[str, Any]) -> str:
+    """The summary as text: one line per arm with its gain over the task-adapted model and the 95 % interval."""
+    metrics = [*task.metrics, "nll"]
+    head = f"{'arm':<17} {'what answers':<36}" + "".join(f"{name:>10}" for name in metrics) + "   gain over task [95 %]"
+    lines = [head, "-" * len(head)]
+    for arm, scores in summary["arms"].items():
+        shown = "".join(f"{scores[name]:>10.3f}" if name in scores else f"{'-':>10}" for name in metrics)
+        gain = summary["gains"].get(arm)
+        tail = f"   {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else ""
+        lines.append(f"{arm:<17} {EXPLAINED.get(arm, arm):<36}{shown}{tail}")
+    for name, kind in (("gains", "over task, by user"), ("nll_gains", "over task, nats per token")):
+        if gain := summary[name].get("oppu"):
+            low, high, mean = (gain["by_user_low"], gain["by_user_high"], gain["by_user_mean"]) if name == "gains" else (
+                gain["low"], gain["high"], gain["mean"])
+            lines.append(f"OPPU {kind}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    for name, kind in (("controls", "answers"), ("nll_controls", "nats per token")):
+        if gain := summary[name].get("oppu"):
+            lines.append(f"OPPU over another user's adapter, {kind}: "
+                         f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+    if gain := summary["gains"].get("oppu"):
+        lines.append(f"OPPU changed {gain['changed']:.0%} of the task model's answers.")
+    return "\n".join(lines)

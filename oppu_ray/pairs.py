@@ -1,0 +1,79 @@
+"""The arrow history.split_history -> pairs.make_pairs -> packing.encode: items become training pairs.
+
+In go a user's items, oldest first, out comes one `TrainingPair` per item. An item with a question and an answer is
+asked as a query will be. Where a history item has none (LaMP-1 papers, LaMP-7 tweets) a named strategy decides. A
+reader might question the default, "next_token": it is the paper's choice and needs no field that LaMP's files lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from oppu_ray.config import TaskConfig
+from oppu_ray.core import Item, Prompt, TrainingPair
+from oppu_ray.tasks import Task, make_prompt, memory_line, missing_fields, one_line, target_text
+
+COMPLETION_SHARE = 0.2
+"""Share of an item's words that "completion" puts in the prompt; LaMP's PEFT code draws it from 10 to 25 percent."""
+
+
+def make_pairs(
+    task: Task,
+    items: Sequence[Item],
+    config: TaskConfig,
+    memory_for: Callable[[int], tuple[str, ...]] | None = None,
+    profile: str = "",
+) -> list[TrainingPair]:
+    """One pair per item, in the items' order.
+
+    Args:
+        items: Oldest first.
+        config: Prompt order, cut, and `strategy` for the items without a query-label pair ("": the task's default):
+            "next_token" (the whole item after a bare cue; the paper's), "stem" (the item's own answer after a short
+            stem; the OPPU code's), "completion" (the rest of the text after its first words) and "title_to_abstract".
+        memory_for: Gives the retrieved lines for item i; it must look only at the items before i.
+        profile: The user's text profile.
+
+    Raises:
+        ValueError: The strategy is not one of the task's, or an item lacks what the strategy needs.
+    """
+    if config.strategy and config.strategy not in task.strategies:
+        allowed = ", ".join(task.strategies) or "none, every item has a query-label pair"
+        raise ValueError(f"task.strategy: {config.strategy!r} does not fit {task.name}; expected one of: {allowed}")
+    pairs = []
+    for index, item in enumerate(items):
+        memory = memory_for(index) if memory_for else ()
+        if not missing_fields(task, item):
+            prompt = make_prompt(task, item, config.prompt_order, config.max_input_words, profile, memory)
+            completion = target_text(task, item)
+        else:
+            asked, cue, completion = _split_item(task, item, config)
+            prompt = Prompt("", asked, f"\n{cue}", one_line(profile), tuple(memory), config.prompt_order)
+        pairs.append(TrainingPair(prompt, " " + completion, item.item_id))
+    return pairs
+
+
+def _split_item(task: Task, item: Item, config: TaskConfig) -> tuple[str, str, str]:
+    """Input, cue and completion made from an item without a query-label pair."""
+    strategy = config.strategy or (task.strategies[0] if task.strategies else "")
+    (field, name), *rest = task.memory
+    text = one_line(getattr(item, field) or "", config.max_input_words)
+    if text and strategy == "next_token":
+        tail = f" abstract: {one_line(item.abstract, config.max_input_words)}" if item.abstract else ""
+        return "", f"{name}:", memory_line(task, item, config.max_input_words).removeprefix(f"{name}: ") + tail
+    if text and strategy == "completion":
+        words = text.split()
+        num_given = min(max(1, int(len(words) * COMPLETION_SHARE)), len(words) - 1)
+        return "", " ".join([f"{name}:", *words[:num_given]]), " ".join(words[num_given:])
+    if text and strategy == "stem" and not rest:
+        return "", f"{name}:", text
+    if text and strategy == "stem" and (answer := getattr(item, rest[0][0])):
+        return f"{name}: {text}", f"{rest[0][1]}:", one_line(answer, config.max_input_words)
+    if text and strategy == "title_to_abstract" and item.abstract:
+        return f"{name}: {text}", "abstract:", one_line(item.abstract, config.max_input_words)
+    missing = ", ".join(missing_fields(task, item))
+    others = ", ".join(other for other in task.strategies if other != strategy) or "none"
+    raise ValueError(
+        f"item {item.item_id!r}: no query-label pair ({missing} empty) and too little in it for the strategy "
+        f"{strategy!r}; other strategies of {task.name}: {others}"
+    )

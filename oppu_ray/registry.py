@@ -1,0 +1,558 @@
+"""The database beside the vault's folders: which version is current, who may train, who may ask, what was done.
+
+train_pack -> vault.commit -> **registry** -> inference. In: keyed hashes of users, never ids or text. Out: `Version`,
+`Lease`, `Token`, `Entry`. SQLite in WAL mode by default (not on a network disk), PostgreSQL by URL.
+
+A reader might question that every write takes one lock (SQLite's `BEGIN IMMEDIATE`, an advisory lock in PostgreSQL). It
+makes each check-then-write below plainly correct, keeps the audit chain in order, and costs a millisecond per trained
+user; readers never wait. Fences are numbers from one counter that never goes back, so a job that lost its lease, or
+whose user was forgotten, can never publish, however late it wakes up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+BUSY_S = 5
+ROLES = ("user", "operator", "reader")
+_WRITE_LOCK = 0x6F707075
+_TOKEN = re.compile(r"oppu_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+
+_META = sa.MetaData()
+_SCHEMA = sa.Table("schema", _META, sa.Column("version", sa.Integer, primary_key=True))
+_USERS = sa.Table(
+    "users",
+    _META,
+    sa.Column("user_hash", sa.String(64), primary_key=True),
+    sa.Column("current", sa.String(64)),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+_VERSIONS = sa.Table(
+    "versions",
+    _META,
+    sa.Column("user_hash", sa.String(64), primary_key=True),
+    sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("base_fingerprint", sa.Text, nullable=False),
+    sa.Column("manifest_sha256", sa.String(64), nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("is_good", sa.Boolean, nullable=False),
+)
+_UNITS = sa.Table(
+    "units",
+    _META,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("user_hash", sa.String(64), primary_key=True, index=True),
+    sa.Column("version", sa.String(64), nullable=False),
+)
+_LEASES = sa.Table(
+    "leases",
+    _META,
+    sa.Column("fence", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("user_hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("holder", sa.Text, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sqlite_autoincrement=True,
+)
+_TOKENS = sa.Table(
+    "tokens",
+    _META,
+    sa.Column("token_id", sa.String(16), primary_key=True),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("user_hash", sa.String(64), index=True),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("revoked_at", sa.Double),
+)
+_RECEIPTS = sa.Table(
+    "receipts",
+    _META,
+    sa.Column("receipt_id", sa.String(32), primary_key=True),
+    sa.Column("user_hash", sa.String(64), nullable=False, index=True),
+    sa.Column("body", sa.Text, nullable=False),
+)
+_AUDIT = sa.Table(
+    "audit",
+    _META,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.Column("action", sa.String(32), nullable=False),
+    sa.Column("user_hash", sa.String(64), index=True),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("chain", sa.String(64), nullable=False),
+)
+# A new registry is made from the tables above, at the newest schema; MIGRATIONS[i] brings schema i + 1 to i + 2.
+MIGRATIONS: tuple[tuple[str, ...], ...] = ()
+
+
+class UserHash(str):
+    """A user's keyed hash, for callers that hold no id (a verified token). A plain str is always taken as an id."""
+
+
+class RegistryError(ValueError):
+    """The database could not be reached, read or written."""
+
+
+class Refused(ValueError):
+    """A definite no (lease held or lost, `current` moved, run already done): nothing was written."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered adapter version. `created_at` in Unix seconds; not `is_good` means quarantined."""
+
+    user_hash: str
+    version: str
+    number: int
+    base_fingerprint: str
+    manifest_sha256: str
+    run_id: str
+    created_at: float
+    is_good: bool = True
+
+
+@dataclass(frozen=True)
+class User:
+    """One line of the list of users. `created_at` in Unix seconds."""
+
+    user_hash: UserHash
+    current: str | None
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to train one user until `expires_at`; `fence` is larger than that of every lease before."""
+
+    user_hash: str
+    holder: str
+    fence: int
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """Who a bearer token speaks for. `user_hash` is None for operators and readers. Times in Unix seconds."""
+
+    token_id: str
+    role: str
+    user_hash: UserHash | None
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the audit log; `chain` is the keyed hash over this line and the one before."""
+
+    number: int
+    time: float
+    action: str
+    user_hash: str | None
+    detail: str
+    chain: str
+
+
+class Registry:
+    """See the module's docstring. One per process; safe to share between threads.
+
+    Args:
+        url: SQLAlchemy URL, e.g. "sqlite:////data/vault/registry.sqlite" or "postgresql://host/name".
+        chain_key: Key of the audit chain, so that who can write to the database alone cannot rewrite the log.
+        clock: Unix seconds.
+    """
+
+    def __init__(self, url: str, chain_key: bytes, clock: Callable[[], float] = time.time) -> None:
+        self._chain_key = chain_key
+        self._clock = clock
+        self._url = sa.make_url(url)
+        if self._url.get_backend_name() == "sqlite":
+            self._engine = sa.create_engine(self._url, connect_args={"timeout": BUSY_S})
+            sa.event.listen(self._engine, "connect", _prepare_sqlite)
+            sa.event.listen(self._engine, "begin", _begin_sqlite)
+            self._reader = self._engine.execution_options(read_only=True)
+        elif self._url.get_backend_name() == "postgresql":
+            options = {"options": f"-c lock_timeout={BUSY_S}s", "connect_timeout": BUSY_S}
+            driver = self._url.set(drivername="postgresql+psycopg")
+            self._engine = sa.create_engine(driver, connect_args=options, pool_pre_ping=True)
+            self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        else:
+            raise ValueError(f"registry_url {self._shown}: expected sqlite:///... or postgresql://...")
+        self._migrate()
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self._engine.dispose()
+
+    # ---- users and versions
+
+    def add_users(self, user_hashes: Iterable[str]) -> int:
+        """Register users that are not yet; returns how many were new. `Refused` for a new one under another's lease."""
+        wanted = set(user_hashes)
+        with self._read() as connection:
+            missing = wanted - _present(connection, _USERS.c.user_hash, wanted)
+        if not missing:
+            return 0
+        with self._write() as connection:
+            missing -= _present(connection, _USERS.c.user_hash, missing)
+            if held := _present(connection, _LEASES.c.user_hash, missing, _LEASES.c.expires_at > self._clock()):
+                raise Refused(f"user {min(held)[:12]}: is being added or swept by another process; try again")
+            if missing:
+                now = self._clock()
+                rows = [{"user_hash": user_hash, "created_at": now} for user_hash in sorted(missing)]
+                connection.execute(sa.insert(_USERS), rows)
+                subject = min(missing) if len(missing) == 1 else None
+                self._audit(connection, "add", subject, {"num_users": len(rows)})
+        return len(missing)
+
+    def has_user(self, user_hash: str) -> bool:
+        with self._read() as connection:
+            return bool(_present(connection, _USERS.c.user_hash, {user_hash}))
+
+    def users(self) -> list[User]:
+        """All users, oldest first."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(_USERS).order_by(_USERS.c.created_at, _USERS.c.user_hash))
+            return [User(UserHash(row.user_hash), row.current, row.created_at) for row in rows]
+
+    def current(self, user_hash: str) -> Version | None:
+        """The version that answers for this user, or None. One indexed query, whatever the number of users."""
+        with self._read() as connection:
+            row = connection.execute(_CURRENT, {"wanted": user_hash}).first()
+        return None if row is None else Version(**row._mapping)
+
+    def versions(self, user_hash: str | None = None) -> list[Version]:
+        """All versions of a user (or of everyone), quarantined ones too, oldest first."""
+        chosen = sa.select(_VERSIONS).order_by(_VERSIONS.c.number, _VERSIONS.c.created_at)
+        if user_hash is not None:
+            chosen = chosen.where(_VERSIONS.c.user_hash == user_hash)
+        with self._read() as connection:
+            return [Version(**row._mapping) for row in connection.execute(chosen)]
+
+    def publish(self, lease: Lease, version: Version, expected: str | None) -> None:
+        """Record a version and make it current, in one transaction; adds the user if new.
+
+        Raises:
+            Refused: The lease was lost, `current` is no longer `expected`, or the run has committed this user.
+        """
+        user_hash = lease.user_hash
+        with self._write() as connection:
+            held = sa.select(_LEASES.c.fence).where(_LEASES.c.user_hash == user_hash)
+            if connection.scalar(held) != lease.fence:
+                raise Refused(f"user {user_hash[:12]}: the lease of {lease.holder} (fence {lease.fence}) was lost")
+            row = connection.execute(sa.select(_USERS.c.current).where(_USERS.c.user_hash == user_hash)).first()
+            if row is None:
+                connection.execute(sa.insert(_USERS).values(user_hash=user_hash, created_at=self._clock()))
+            current = None if row is None else row.current
+            self._move(connection, user_hash, current, expected, version.version)
+            connection.execute(sa.insert(_VERSIONS).values(**asdict(version)))
+            if version.run_id:
+                unit = {"run_id": version.run_id, "user_hash": user_hash}
+                if _unit_version(connection, version.run_id, user_hash) is not None:
+                    raise Refused(f"user {user_hash[:12]}: run {version.run_id} has committed this user already")
+                connection.execute(sa.insert(_UNITS).values(**unit, version=version.version))
+            detail = {"version": version.version, "manifest_sha256": version.manifest_sha256}
+            self._audit(connection, "publish", user_hash, detail)
+
+    def use(self, user_hash: str, version: str, expected: str | None) -> None:
+        """Make a good version current. `Refused` when `current` is no longer `expected`, ValueError if not good."""
+        with self._write() as connection:
+            good = sa.select(_VERSIONS.c.is_good)
+            if not connection.scalar(good.where(_VERSIONS.c.user_hash == user_hash, _VERSIONS.c.version == version)):
+                raise ValueError(f"user {user_hash[:12]}: version {version!r} is unknown or quarantined")
+            current = connection.scalar(sa.select(_USERS.c.current).where(_USERS.c.user_hash == user_hash))
+            self._move(connection, user_hash, current, expected, version)
+            self._audit(connection, "use", user_hash, {"version": version, "before": expected})
+
+    def quarantine(self, user_hash: str, version: str, reason: str) -> None:
+        """Mark a version bad; if it was current, the newest good one of the same base takes its place (or none)."""
+        mine = _VERSIONS.c.user_hash == user_hash
+        with self._write() as connection:
+            bad = connection.execute(sa.select(_VERSIONS).where(mine, _VERSIONS.c.version == version)).first()
+            if bad is None or not bad.is_good:
+                return
+            connection.execute(sa.update(_VERSIONS).where(mine, _VERSIONS.c.version == version).values(is_good=False))
+            others = (mine, _VERSIONS.c.is_good, _VERSIONS.c.base_fingerprint == bad.base_fingerprint)
+            self._repoint(connection, user_hash, {version}, *others)
+            self._audit(connection, "quarantine", user_hash, {"version": version, "reason": reason})
+
+    def delete_versions(self, user_hash: str, versions: set[str]) -> None:
+        """Drop versions and what runs they finished; `current` falls back to the newest good one left, or none.
+
+        Ends any lease too: a job that trains on what is being forgotten must not publish.
+        """
+        mine = _VERSIONS.c.user_hash == user_hash
+        with self._write() as connection:
+            for table in (_VERSIONS, _UNITS):
+                chosen = (table.c.user_hash == user_hash, table.c.version.in_(versions))
+                connection.execute(sa.delete(table).where(*chosen))
+            connection.execute(sa.delete(_LEASES).where(_LEASES.c.user_hash == user_hash))
+            self._repoint(connection, user_hash, versions, mine, _VERSIONS.c.is_good)
+            self._audit(connection, "delete_versions", user_hash, {"versions": sorted(versions)})
+
+    def delete_user(self, user_hash: str) -> None:
+        """Drop every row of a user but receipts and the audit log, and say so in the log. Idempotent."""
+        with self._write() as connection:
+            for table in (_USERS, _VERSIONS, _UNITS, _LEASES, _TOKENS):
+                connection.execute(sa.delete(table).where(table.c.user_hash == user_hash))
+            self._audit(connection, "forget", user_hash, {})
+        if self._url.get_backend_name() == "sqlite":  # pages of the deleted rows must not live on in the log file
+            with self._read() as connection:
+                connection.rollback()
+                connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def num_rows(self, user_hash: str) -> int:
+        """How many rows speak of a user, receipts and audit log aside."""
+        with self._read() as connection:
+            tables = (_USERS, _VERSIONS, _UNITS, _LEASES, _TOKENS)
+            counts = [sa.select(sa.func.count()).where(table.c.user_hash == user_hash) for table in tables]
+            return sum(connection.scalar(count) or 0 for count in counts)
+
+    # ---- runs: which users are done
+
+    def done_users(self, run_id: str) -> set[str]:
+        """Hashes of the users that this run has committed."""
+        with self._read() as connection:
+            return set(connection.scalars(sa.select(_UNITS.c.user_hash).where(_UNITS.c.run_id == run_id)))
+
+    def unit_version(self, run_id: str, user_hash: str) -> str | None:
+        """The version that this run committed for this user, or None."""
+        with self._read() as connection:
+            return _unit_version(connection, run_id, user_hash)
+
+    # ---- leases
+
+    def acquire_lease(self, user_hash: str, holder: str, ttl_s: float) -> Lease:
+        """Take the right to train a user. The same holder may take it anew (a run that restarts after a crash).
+
+        Raises:
+            Refused: Another holder has it, and it has not expired.
+        """
+        with self._write() as connection:
+            now = self._clock()
+            row = connection.execute(sa.select(_LEASES).where(_LEASES.c.user_hash == user_hash)).first()
+            if row is not None and row.holder != holder and row.expires_at > now:
+                left = f"{row.expires_at - now:.0f} s more"
+                raise Refused(f"user {user_hash[:12]}: leased to {row.holder} for {left}; wanted by {holder}")
+            connection.execute(sa.delete(_LEASES).where(_LEASES.c.user_hash == user_hash))
+            values = {"user_hash": user_hash, "holder": holder, "expires_at": now + ttl_s}
+            fence = connection.execute(sa.insert(_LEASES).values(**values)).inserted_primary_key
+            assert fence is not None
+            return Lease(user_hash, holder, fence[0], now + ttl_s)
+
+    def release_lease(self, lease: Lease) -> None:
+        """Give a lease back; nothing happens if it was lost."""
+        with self._write() as connection:
+            mine = (_LEASES.c.user_hash == lease.user_hash, _LEASES.c.fence == lease.fence)
+            connection.execute(sa.delete(_LEASES).where(*mine))
+
+    # ---- tokens
+
+    def create_token(self, role: str, user_hash: str | None = None, ttl_s: float | None = None) -> str:
+        """A new bearer token "oppu_<id>_<secret>"; only its SHA-256 is kept (the secret has 256 random bits)."""
+        if role not in ROLES:
+            raise ValueError(f"role {role!r}: expected one of {', '.join(ROLES)}")
+        if (role == "user") != (user_hash is not None):
+            raise ValueError(f"role {role!r}: a user's token needs a user, any other must have none")
+        token_id, secret, now = secrets.token_hex(8), secrets.token_urlsafe(32), self._clock()
+        values = {"token_id": token_id, "role": role, "user_hash": user_hash, "digest": _sha256(secret)}
+        expires_at = None if ttl_s is None else now + ttl_s
+        with self._write() as connection:
+            if user_hash is not None and not _present(connection, _USERS.c.user_hash, {user_hash}):
+                raise ValueError(f"user {user_hash[:12]}: no such user")
+            connection.execute(sa.insert(_TOKENS).values(**values, created_at=now, expires_at=expires_at))
+            self._audit(connection, "create_token", user_hash, {"token_id": token_id, "role": role})
+        return f"oppu_{token_id}_{secret}"
+
+    def verify_token(self, token: str) -> Token | None:
+        """Whom a token speaks for; None if malformed, unknown, expired or revoked (a caller must not tell which)."""
+        if not (parts := _TOKEN.fullmatch(token)):
+            return None
+        with self._read() as connection:
+            row = connection.execute(sa.select(_TOKENS).where(_TOKENS.c.token_id == parts[1])).first()
+        is_equal = hmac.compare_digest(_sha256(parts[2]), "0" * 64 if row is None else row.digest)
+        if row is None or not is_equal or row.revoked_at is not None:
+            return None
+        return None if row.expires_at is not None and row.expires_at <= self._clock() else _token(row)
+
+    def revoke_token(self, token_id: str) -> None:
+        with self._write() as connection:
+            row = connection.execute(sa.select(_TOKENS).where(_TOKENS.c.token_id == token_id)).first()
+            if row is None:
+                raise ValueError(f"token {token_id!r}: no such token")
+            live = (_TOKENS.c.token_id == token_id, _TOKENS.c.revoked_at.is_(None))
+            connection.execute(sa.update(_TOKENS).where(*live).values(revoked_at=self._clock()))
+            self._audit(connection, "revoke_token", row.user_hash, {"token_id": token_id})
+
+    def tokens(self) -> list[Token]:
+        """All tokens without their secrets, oldest first."""
+        with self._read() as connection:
+            return [_token(row) for row in connection.execute(sa.select(_TOKENS).order_by(_TOKENS.c.created_at))]
+
+    # ---- receipts and the audit log
+
+    def add_receipt(self, receipt_id: str, user_hash: str, body: str) -> None:
+        with self._write() as connection:
+            values = {"receipt_id": receipt_id, "user_hash": user_hash, "body": body}
+            connection.execute(sa.insert(_RECEIPTS).values(**values))
+            self._audit(connection, "receipt", user_hash, {"receipt_id": receipt_id, "sha256": _sha256(body)})
+
+    def receipts(self, user_hash: str) -> list[str]:
+        """Bodies (JSON) of a user's receipts."""
+        with self._read() as connection:
+            return list(connection.scalars(sa.select(_RECEIPTS.c.body).where(_RECEIPTS.c.user_hash == user_hash)))
+
+    def record(self, action: str, user_hash: str | None, detail: dict[str, Any]) -> None:
+        """Add a line to the audit log for something done outside the registry, e.g. an export."""
+        with self._write() as connection:
+            self._audit(connection, action, user_hash, detail)
+
+    def audit_log(self, user_hash: str | None = None) -> list[Entry]:
+        """The audit log, oldest first; of one user if given."""
+        chosen = sa.select(_AUDIT).order_by(_AUDIT.c.number)
+        if user_hash is not None:
+            chosen = chosen.where(_AUDIT.c.user_hash == user_hash)
+        with self._read() as connection:
+            return [Entry(**row._mapping) for row in connection.execute(chosen)]
+
+    def verify_audit(self) -> str | None:
+        """None if the chain holds, else the first break. Cut-off newest lines show only against an older copy."""
+        before = ""
+        for position, entry in enumerate(self.audit_log(), 1):
+            if entry.number != position:
+                return f"audit line {position} is missing"
+            if not hmac.compare_digest(self._chain(before, entry), entry.chain):
+                return f"audit line {position} ({entry.action}) was changed"
+            before = entry.chain
+        return None
+
+    # ---- inside
+
+    @property
+    def _shown(self) -> str:
+        return self._url.render_as_string(hide_password=True)
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        try:
+            with self._reader.connect() as connection:
+                yield connection
+        except DBAPIError as error:
+            raise RegistryError(f"registry {self._shown}: {error.orig}") from error
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as connection:
+                if self._url.get_backend_name() == "postgresql":
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITE_LOCK)))
+                yield connection
+        except DBAPIError as error:
+            raise RegistryError(f"registry {self._shown}: {error.orig}") from error
+
+    def _migrate(self) -> None:
+        newest = 1 + len(MIGRATIONS)
+        with self._read() as connection:
+            is_new = not sa.inspect(connection).has_table("schema")
+            found = None if is_new else connection.scalar(sa.select(_SCHEMA.c.version))
+        if found == newest:
+            return
+        with self._write() as connection:
+            _META.create_all(connection, tables=[_SCHEMA])
+            found = connection.scalar(sa.select(_SCHEMA.c.version))
+            if found is None:
+                _META.create_all(connection)
+                connection.execute(sa.insert(_SCHEMA).values(version=newest))
+                return
+            if found > newest:
+                raise RegistryError(f"registry {self._shown}: schema {found} is newer than this oppu_ray's {newest}")
+            for statement in (line for step in MIGRATIONS[found - 1 :] for line in step):
+                connection.exec_driver_sql(statement)
+            connection.execute(sa.update(_SCHEMA).values(version=newest))
+
+    def _move(
+        self, connection: sa.Connection, user_hash: str, current: str | None, expected: str | None, version: str
+    ) -> None:
+        if current != expected:
+            raise Refused(f"user {user_hash[:12]}: current version is {current}, expected {expected}; try again")
+        connection.execute(sa.update(_USERS).where(_USERS.c.user_hash == user_hash).values(current=version))
+
+    def _repoint(
+        self, connection: sa.Connection, user_hash: str, gone: set[str], *candidates: sa.ColumnElement[bool]
+    ) -> None:
+        """If `current` is one of `gone`, let the newest candidate take its place."""
+        newest = sa.select(_VERSIONS.c.version).where(*candidates).order_by(_VERSIONS.c.number.desc()).limit(1)
+        was_current = (_USERS.c.user_hash == user_hash, _USERS.c.current.in_(gone))
+        connection.execute(sa.update(_USERS).where(*was_current).values(current=connection.scalar(newest)))
+
+    def _audit(self, connection: sa.Connection, action: str, user_hash: str | None, detail: dict[str, Any]) -> None:
+        last = sa.select(_AUDIT.c.number, _AUDIT.c.chain).order_by(_AUDIT.c.number.desc()).limit(1)
+        row = connection.execute(last).first()
+        number, before = (1, "") if row is None else (row.number + 1, row.chain)
+        entry = Entry(number, self._clock(), action, user_hash, json.dumps(detail, sort_keys=True), "")
+        entry = replace(entry, chain=self._chain(before, entry))
+        connection.execute(sa.insert(_AUDIT).values(**asdict(entry)))
+
+    def _chain(self, before: str, entry: Entry) -> str:
+        line = json.dumps([before, entry.number, entry.time, entry.action, entry.user_hash, entry.detail])
+        return hmac.new(self._chain_key, line.encode(), hashlib.sha256).hexdigest()
+
+
+_CURRENT = (
+    sa.select(_VERSIONS)
+    .join(_USERS, sa.and_(_USERS.c.user_hash == _VERSIONS.c.user_hash, _USERS.c.current == _VERSIONS.c.version))
+    .where(_USERS.c.user_hash == sa.bindparam("wanted"))
+)
+
+
+def _present(
+    connection: sa.Connection, column: sa.Column[str], wanted: set[str], *also: sa.ColumnElement[bool]
+) -> set[str]:
+    """Which of `wanted` stand in a column, asked in portions that both databases take."""
+    ordered, found = sorted(wanted), set[str]()
+    for start in range(0, len(ordered), 500):
+        chosen = sa.select(column).where(column.in_(ordered[start : start + 500]), *also)
+        found.update(connection.scalars(chosen))
+    return found
+
+
+def _unit_version(connection: sa.Connection, run_id: str, user_hash: str) -> str | None:
+    mine = (_UNITS.c.run_id == run_id, _UNITS.c.user_hash == user_hash)
+    return connection.scalar(sa.select(_UNITS.c.version).where(*mine))
+
+
+def _token(row: sa.Row[Any]) -> Token:
+    subject = None if row.user_hash is None else UserHash(row.user_hash)
+    return Token(row.token_id, row.role, subject, row.created_at, row.expires_at, row.revoked_at)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
+    dbapi_connection.isolation_level = None  # transactions begin in `_begin_sqlite`, not where the driver guesses
+    cursor = dbapi_connection.cursor()
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+        cursor.execute(f"PRAGMA {setting}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    is_reader = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if is_reader else "BEGIN IMMEDIATE")

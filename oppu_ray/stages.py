@@ -1,0 +1,256 @@
+"""The stages of a run, each a function of the config and of the files the stage before left in `run_dir`.
+
+prepare -> histories checked and indexed; adapt -> task base; train -> one adapter per user in the vault;
+evaluate -> predictions and the table. `oppu` and the files in `jobs/` call these and nothing else. Each stage writes
+`<run_dir>/<stage>/result.json` and may be run again at any time: what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oppu_ray import __version__
+from oppu_ray.base_model import load_base, merge_adapter
+from oppu_ray.config import Config, to_dict
+from oppu_ray.core import Prediction, TrainResult
+from oppu_ray.evaluation import HEURISTIC_ARMS, answer_by_habit, format_table, summarise
+from oppu_ray.files import write_atomic
+from oppu_ray.history import load_histories, write_rejected
+from oppu_ray.packing import plan_packs, plan_shards, plan_user
+from oppu_ray.prepared import Index, read_index, read_users, write_prepared
+from oppu_ray.progress import progress_bar
+from oppu_ray.tasks import get_task
+from oppu_ray.training import train_pack
+from oppu_ray.vault import Vault
+from oppu_ray.workers import encode_user, open_base, run_units, user_seed
+
+TASK_ADAPTER = "task adapter"
+
+
+def prepare(config: Config) -> dict[str, Any]:
+    """Read, check and index the histories; bad users go to `rejected.jsonl`."""
+    folder = _folder(config, "prepare")
+    with _result(config, "prepare") as result:
+        users, rejected = load_histories(config.data, config.task, config.seed)
+        index = write_prepared(folder, users)
+        write_rejected(folder / "rejected.jsonl", rejected)
+        result["fingerprints"]["histories"] = index.fingerprint
+        for role in ("target", "base"):
+            sizes = index.sizes(role)
+            result[f"num_{role}_users"] = len(sizes)
+            result[f"num_{role}_items"] = sum(size.num_items for size in sizes)
+        result["num_queries"] = sum(size.num_queries for size in index.sizes("target"))
+        result["num_rejected"] = len(rejected)
+        print(
+            f"{result['num_target_users']} target users ({result['num_target_items']} items to learn from, "
+            f"{result['num_queries']} later ones to answer), {result['num_base_users']} base users "
+            f"({result['num_base_items']} items), {len(rejected)} rejected"
+            + (f" (see {folder / 'rejected.jsonl'})" if rejected else "")
+        )
+    return result
+
+
+def adapt(config: Config) -> dict[str, Any]:
+    """Train one LoRA on all base users' items and merge it into the base: what all personal adapters stand on."""
+    folder = _folder(config, "adapt")
+    index = read_index(_folder(config, "prepare"))
+    with _result(config, "adapt") as result:
+        base = open_base(config)
+        task_id = _digest(index.fingerprint, base.fingerprint, to_dict(config)["adapt"], to_dict(config)["task"], config.seed)
+        target = folder / f"base-{task_id}"
+        result["fingerprints"] |= {"base": base.fingerprint, "histories": index.fingerprint}
+        result["task_base"] = str(base.path if not index.sizes("base") else target)
+        if not index.sizes("base"):
+            print("no base users: personal adapters stand on the base model itself")
+            result["fingerprints"]["task_base"] = base.fingerprint
+            return result
+        if not target.exists():
+            trained = _train_task_adapter(config, index, base)
+            merge_adapter(base, trained.adapter, target)
+            result |= {"losses": trained.losses, "num_tokens": trained.num_useful_tokens}
+        result["fingerprints"]["task_base"] = load_base(config.base, target).fingerprint
+    return result
+
+
+def _train_task_adapter(config: Config, index: Index, base: Any) -> TrainResult:
+    user_ids = [size.user_id for size in index.sizes("base")]
+    users = read_users(_folder(config, "prepare"), index, user_ids)
+    personal = dataclasses.replace(config, personal=config.adapt)
+    examples = [example for user in users for example in encode_user(personal, user, base)]
+    work = plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
+    with progress_bar("task adapter", len(work.steps), "step") as bar:
+        (trained,) = train_pack(base.model, [work], config.adapt, lambda tokens, _: bar.advance(1, tokens))
+    if trained.adapter is None:
+        raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
+    return trained
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train one adapter per target user on that user's past alone, and commit each to the vault as it is done."""
+    index, task_base, run_id = _plan(config)
+    packs = plan_packs(index.sizes("target"), config.personal)
+    shards = plan_shards(packs, max(1, config.workers.num_workers))
+    units = [(pack.user_ids,) for pack in sorted(packs, key=lambda pack: (-pack.num_words, pack.pack_id))]
+    failed, num_done, num_tokens, last_losses = {}, 0, 0, []
+    with _result(config, "train") as result:
+        result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
+        Vault(_folder(config, "vault")).close()
+        started = time.monotonic()
+        with progress_bar("personal adapters", len(index.sizes("target")), "user") as bar:
+            inline = {"progress": lambda tokens, _: bar.advance(0, tokens)} if not config.workers.num_workers else {}
+            for done in run_units(config, task_base, run_id, "train", units, **inline):
+                bar.advance(1, 0 if inline else done.num_tokens)
+                num_tokens += done.num_tokens
+                if done.error:
+                    failed[done.user_id] = done.error
+                else:
+                    num_done += 1
+                    last_losses.append(done.last_loss)
+        elapsed = time.monotonic() - started
+        result |= {
+            "num_done": num_done,
+            "num_failed": len(failed),
+            "failed": failed,
+            "num_packs": len(packs),
+            "shard_words": [sum(pack.num_words for pack in shard) for shard in shards],
+            "num_tokens": num_tokens,
+            "useful_tokens_per_s": num_tokens / elapsed,
+            "users_per_hour": 3600 * num_done / elapsed,
+        }
+        print(f"{num_done} users trained and committed, {len(failed)} failed, {num_tokens / elapsed:.0f} tokens/s")
+    return result
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Answer every target user's later items by every arm and compare; resumes where it was stopped."""
+    index, task_base, run_id = _plan(config)
+    folder, task = _folder(config, "evaluate"), get_task(config.task)
+    with _result(config, "evaluate") as result:
+        vault = Vault(_folder(config, "vault"))
+        sizes = sorted(index.sizes("target"), key=lambda size: size.user_id)
+        trained = vault.done(run_id, [size.user_id for size in sizes])
+        user_ids = [size.user_id for size in sizes if size.user_id in trained]
+        user_ids = user_ids[: config.evaluate.max_users or None]
+        if not user_ids:
+            raise ValueError(f"run {run_id} has no trained user in {_folder(config, 'vault')}: run `train` first")
+        evaluation_id = _digest(run_id, to_dict(config)["evaluate"], user_ids)
+        arms = [arm for arm in config.evaluate.arms if task.labels or arm not in HEURISTIC_ARMS]
+        predictions = _read_predictions(folder / "predictions.jsonl", evaluation_id)
+        seen = {(prediction.arm, prediction.user_id) for prediction in predictions}
+        with (folder / "predictions.jsonl").open("a", encoding="utf-8") as file:
+            num_queries = {user_id: index.entries[user_id].size.num_queries for user_id in user_ids}
+            total = sum(num_queries[u] for arm in arms for u in user_ids if (arm, u) not in seen)
+            with progress_bar("answers", total, "answer") as bar:
+                for arm in arms:
+                    left = [user_id for user_id in user_ids if (arm, user_id) not in seen]
+                    for prediction in _answers(config, index, task_base, run_id, arm, left, user_ids):
+                        line = {"evaluation": evaluation_id, **dataclasses.asdict(prediction)}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        predictions.append(prediction)
+                        bar.advance(1, 0)
+                    file.flush()
+                    os.fsync(file.fileno())
+        order = {arm: number for number, arm in enumerate(arms)}
+        predictions.sort(key=lambda prediction: (order[prediction.arm], prediction.user_id))
+        result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
+        result |= summarise(task, predictions, config.evaluate.num_bootstrap, config.seed)
+        print(format_table(task, result))
+    return result
+
+
+def _answers(
+    config: Config, index: Index, task_base: Path, run_id: str, arm: str, left: list[str], everyone: list[str]
+) -> Iterator[Prediction]:
+    if not left:
+        return
+    if arm in HEURISTIC_ARMS:
+        users = read_users(_folder(config, "prepare"), index, left)
+        yield from answer_by_habit(get_task(config.task), arm, users, index.labels)
+        return
+    partner = dict(zip(everyone, [*everyone[1:], everyone[0]], strict=True))
+    size = config.personal.max_users_per_pack
+    parts = [tuple(left[i : i + size]) for i in range(0, len(left), size)]
+    units = [(part, arm, tuple(partner[user_id] for user_id in part)) for part in parts]
+    yield from run_units(config, task_base, run_id, "answer", units)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """The whole line, from raw histories to the table."""
+    return [stage(config) for stage in (prepare, adapt, train, evaluate)][-1]
+
+
+def _plan(config: Config) -> tuple[Index, Path, str]:
+    """The prepared index, the task base and the run's id: a digest of all that an adapter depends on."""
+    index = read_index(_folder(config, "prepare"))
+    path = _folder(config, "adapt") / "result.json"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: run `adapt` with this config first")
+    adapted = json.loads(path.read_text())
+    if adapted["fingerprints"]["histories"] != index.fingerprint:
+        raise ValueError(f"{path} belongs to other histories than {config.run_dir}/prepare: run `adapt` again")
+    values = to_dict(config)
+    task_base = adapted["fingerprints"]["task_base"]
+    run_id = _digest(index.fingerprint, task_base, values["personal"], values["task"], config.seed)
+    return index, Path(adapted["task_base"]), run_id
+
+
+def _folder(config: Config, name: str) -> Path:
+    folder = Path(config.run_dir).expanduser().resolve() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_predictions(path: Path, evaluation_id: str) -> list[Prediction]:
+    """Whole users of this evaluation; a user cut short, or a torn last line, is answered again."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            values = json.loads(line)
+            if values.pop("evaluation") == evaluation_id:
+                kept.append(Prediction(**values))
+    return kept
+
+
+@contextmanager
+def _result(config: Config, command: str) -> Iterator[dict[str, Any]]:
+    """Collects a stage's result and writes it when the stage ends well."""
+    started = time.monotonic()
+    result: dict[str, Any] = {"command": command, "config": to_dict(config), "hardware": hardware(), "fingerprints": {}}
+    yield result
+    result["elapsed_s"] = time.monotonic() - started
+    write_atomic(_folder(config, command) / "result.json", json.dumps(result, indent=1).encode())
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor(),
+        "num_cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "disk_free_bytes": shutil.disk_usage(".").free,
+        "torch": torch.__version__,
+        "oppu_ray": __version__,
+    }

@@ -1,0 +1,160 @@
+"""Packs -> adapters: many users' steps in one forward pass, each user's update what it would be alone (D1-D3).
+
+In: a base model and the work of one pack's users. Out: one `TrainResult` per user, yielded as the user's last step is done.
+The decision a reader would question: a pack's step is computed in passes of bounded size, because on a CPU a pass of
+2,000 tokens already fills the matrix units and a bigger one only costs memory. Gradients gather in the bank, then one
+Adam step moves every slot. Cost of the passes is linear in tokens, so nothing waits for the longest row.
+
+Shapes: C completion tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oppu_ray.adapters import AdapterBank
+from oppu_ray.config import TrainConfig
+from oppu_ray.core import Example, TrainResult, UserWork
+from oppu_ray.kernels import token_loss_gradient, token_losses
+from oppu_ray.packing import Stream, build_stream, make_rows, plan_passes, virtual_tokens
+
+HEAD_CHUNK = 256
+Progress = Callable[[int, int], None]
+
+
+def train_pack(
+    model: nn.Module, pack: Sequence[UserWork], config: TrainConfig, progress: Progress | None = None
+) -> Iterator[TrainResult]:
+    """Train every user of a pack from start to end.
+
+    Args:
+        model: A frozen Hugging Face causal LM; it is as before when the generator ends or is closed.
+        pack: The users to train together.
+        progress: Called after each step with the useful tokens (each shared prefix counted once) and the number of
+            users still training.
+
+    Yields:
+        One result per user. A user whose loss or gradient is not finite gets an error instead of an adapter; the
+        others are untouched by it.
+    """
+    bank = AdapterBank(model, len(pack), [user.peft for user in pack], trainable=True)
+    was_training = model.training
+    model.train(any(user.peft.dropout for user in pack) or config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    try:
+        yield from _train(bank, pack, config, progress)
+    finally:
+        bank.remove()
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+        model.train(was_training)
+
+
+def _train(bank: AdapterBank, pack: Sequence[UserWork], config: TrainConfig, progress: Progress | None) -> Iterator[TrainResult]:
+    users = dict(enumerate(pack))
+    losses: dict[int, list[float]] = {slot: [] for slot in users}
+    tokens = dict.fromkeys(users, 0)
+    for slot, user in users.items():
+        bank.start(slot, user.peft, user.seed)
+    for step in range(max((len(user.steps) for user in pack), default=0)):
+        step_losses, step_tokens = backward_step(bank, {s: u.steps[step] for s, u in users.items()}, config, step)
+        rates = {slot: learning_rate(config, step, len(user.steps)) for slot, user in users.items()}
+        norms = bank.adam_step(rates, step + 1, config.clip_norm, config.weight_decay)
+        bank.zero_grad()
+        for slot, user in list(users.items()):
+            losses[slot].append(step_losses[slot])
+            tokens[slot] += step_tokens[slot]
+            broken = not (math.isfinite(step_losses[slot]) and math.isfinite(norms[slot]))
+            if broken or step + 1 == len(user.steps):
+                del users[slot]
+                error = f"step {step + 1}: loss {step_losses[slot]}, gradient norm {norms[slot]}" if broken else None
+                adapter = None if broken else bank.export(slot)
+                yield TrainResult(user.user_id, adapter, tuple(losses[slot]), error, tokens[slot])
+        if progress:
+            progress(sum(step_tokens.values()), len(users))
+
+
+def backward_step(
+    bank: AdapterBank, examples: dict[int, Sequence[Example]], config: TrainConfig, step: int = 0
+) -> tuple[dict[int, float], dict[int, int]]:
+    """Add each slot's gradient of its mean completion-token loss to the bank.
+
+    Returns:
+        Slot -> mean loss per completion token in nats, and slot -> tokens computed.
+    """
+    rows = [
+        row
+        for slot, own in examples.items()
+        for row in make_rows(
+            slot, own, config.max_tokens_per_pass, config.share_prefix, virtual_tokens(bank.peft[slot])
+        )
+    ]
+    losses = torch.zeros(bank.num_slots, device=bank.device)
+    for part in plan_passes(rows, config.max_tokens_per_pass):
+        stream = build_stream(part, bank.anchor.to(bank.dtype))
+        bank.use(stream.ranges, step)
+        hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
+        nll_C = _HeadLoss.apply(hidden_TD, bank.model, stream)
+        nll_C.sum().backward()
+        losses.index_add_(0, stream.slot_C, nll_C.detach())
+    tokens = dict.fromkeys(examples, 0)
+    for row in rows:
+        tokens[row.slot] += row.num_tokens
+    return {slot: losses[slot].item() for slot in examples}, tokens
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Weighted losses of the completion tokens; the gradient is made chunk by chunk in the forward pass.
+
+    The LM head is a fifth of a small model's arithmetic: it runs only where a completion is predicted, and no logits
+    outlive their chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, model: nn.Module, stream: Stream) -> Tensor:
+        head, softcap = model.get_output_embeddings(), logit_softcap(model)  # type: ignore[operator]
+        losses, grads = [], []
+        for start in range(0, len(stream.predict_C), HEAD_CHUNK):
+            part = slice(start, start + HEAD_CHUNK)
+            targets, weights = stream.targets_C[part], stream.weights_C[part]
+            logits_CV = head(hidden_TD[stream.predict_C[part]])
+            losses.append(token_losses(logits_CV, targets, softcap) * weights)
+            grads.append(token_loss_gradient(logits_CV, targets, weights, softcap) @ head.weight)
+        ctx.save_for_backward(torch.cat(grads), stream.predict_C)
+        ctx.num_tokens = hidden_TD.shape[0]
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_CD, predict_C = ctx.saved_tensors
+        grad_TD = torch.zeros(ctx.num_tokens, grad_CD.shape[1], device=grad_CD.device)
+        grad_TD.index_add_(0, predict_C, grad_CD.float() * grads[0][:, None])
+        return grad_TD.to(grad_CD.dtype), None, None
+
+
+def logit_softcap(model: nn.Module) -> float:
+    """Gemma 2's cap on the final logits, 0.0 for none."""
+    return float(getattr(model.config, "final_logit_softcapping", None) or 0.0)  # type: ignore[union-attr]
+
+
+def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+    """The rate of step `step` (from 0) out of a user's own `num_steps`: linear warm-up, then the schedule's decay."""
+    warmup = math.ceil(config.warmup_share * num_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(1, num_steps - warmup)
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - share)
+    raise ValueError(f"schedule {config.schedule!r} is unknown; expected linear, cosine or constant")
+
+

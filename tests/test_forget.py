@@ -1,0 +1,265 @@
+"""Forgetting removes one user, or one item, everywhere; proves it; and changes no one else."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vault_tools import (
+    BASE,
+    empty_postgres,
+    make_adapter,
+    make_items,
+    make_manifest,
+    memory_folder,
+    postgres_server,
+    same,
+    tree,
+)
+
+from oppu_ray import vault as vault_module
+from oppu_ray.core import Item
+from oppu_ray.forget import Receipt, forget_items, forget_user, read_receipt, verify_receipt
+from oppu_ray.registry import Refused
+from oppu_ray.vault import Vault
+
+CANARIES = ("alice", "canary été 1", "canary été 2", "profile canary")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["plain", "sealed", "postgresql"])
+def vault(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Vault]:
+    url = None
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres_url")
+        empty_postgres(url)
+    made = Vault(tmp_path / "vault", url, encrypt=request.param == "sealed")
+    for user in ("alice", "bob"):
+        canaries = [f"canary été {number}" if user == "alice" else f"text {number}" for number in (1, 2)]
+        made.append_history(user, [Item("1", text=canaries[0])])
+        made.append_history(user, [Item("2", text=canaries[1]), Item("3", text="c")])
+        made.put_blob(user, "profile.txt", b"profile canary" if user == "alice" else b"profile")
+        made.commit(user, make_adapter(1), make_manifest(("1",)))
+        made.commit(user, make_adapter(2), make_manifest(("1", "2", "3"), run_id="run"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def runs(vault: Vault, tmp_path: Path) -> Path:
+    """A run folder that speaks of both users in every way a run does."""
+    folder = tmp_path / "runs"
+    checkpoint = folder / "checkpoints" / vault.user_hash("alice")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "moments.safetensors").write_text("canary été 1")
+    (folder / "checkpoints" / f"{vault.user_hash('bob')}.safetensors").write_bytes(b"bob")
+    lines = [
+        {"user_id": "alice", "query_id": "2", "gold": "canary été 2"},
+        {"user_id": "alice", "query_id": "9", "gold": "else"},
+        {"user_id": "bob", "query_id": "2", "gold": "of bob"},
+    ]
+    predictions = "".join(json.dumps(line) + "\n" for line in lines) + "not json\n"
+    (folder / "predictions.jsonl").write_text(predictions)
+    history = {"user_id": "alice", "items": [{"item_id": "1", "text": "canary été 1"}, {"item_id": "2"}], "queries": []}
+    (folder / "histories.jsonl.gz").write_bytes(gzip.compress(json.dumps(history, ensure_ascii=False).encode() + b"\n"))
+    return folder
+
+
+def test_a_forgotten_user_is_nowhere_and_no_one_else_has_changed(vault: Vault, runs: Path) -> None:
+    bob = vault.user_folder(vault.user_hash("bob"))
+    before, bobs_token = tree(bob), vault.registry.create_token("user", vault.user_hash("bob"))
+    vault.registry.create_token("user", vault.user_hash("alice"))
+    receipt = forget_user(vault, "alice", [runs])
+    assert verify_receipt(vault, receipt, [runs], CANARIES) == []
+    assert tree(bob) == before and same(vault.load("bob", base_fingerprint=BASE)[0], make_adapter(2))
+    assert vault.registry.verify_token(bobs_token) is not None and len(vault.registry.tokens()) == 1
+    assert vault.verify() == []
+    with pytest.raises(ValueError, match="no such user"):
+        vault.load("alice", base_fingerprint=BASE)
+    assert vault.read_history("alice") == () and vault.done("run", ["alice", "bob"]) == {"bob"}
+    left = (runs / "predictions.jsonl").read_text().splitlines()
+    assert len(left) == 2 and json.loads(left[0])["user_id"] == "bob" and left[1] == "not json"
+    assert (runs / "checkpoints" / f"{vault.user_hash('bob')}.safetensors").exists()
+
+
+def test_the_receipt_says_what_went_and_tells_nothing(vault: Vault, runs: Path) -> None:
+    folder = vault.user_folder(vault.user_hash("alice"))
+    files = set(tree(folder))
+    receipt = forget_user(vault, "alice", [runs])
+    removed = {path for path, _ in receipt.removed}
+    outside = {"predictions.jsonl", "histories.jsonl.gz", f"checkpoints/{receipt.user_hash}/moments.safetensors"}
+    assert removed == files | {str(runs / name) for name in outside}
+    assert receipt.before != receipt.after and not receipt.needs_training
+    kept = vault.registry.receipts(receipt.user_hash)
+    assert [read_receipt(body) for body in kept] == [receipt]
+    assert all(canary not in kept[0] and json.dumps(canary)[1:-1] not in kept[0] for canary in CANARIES)
+
+
+def test_a_changed_or_foreign_receipt_is_not_believed(vault: Vault, tmp_path: Path) -> None:
+    receipt = forget_user(vault, "alice")
+    assert verify_receipt(vault, receipt) == []
+    for forged in (
+        replace(receipt, user_hash=vault.user_hash("carol")),
+        replace(receipt, removed=()),
+        replace(receipt, signature=""),
+        replace(receipt, signature="no hex"),
+    ):
+        assert "signature" in verify_receipt(vault, forged)[0]
+    assert "signature" in verify_receipt(Vault(tmp_path / "other"), receipt)[0]
+    for text in ("", "{}", "[]", '{"removed": 1}'):
+        with pytest.raises(ValueError, match="not a receipt"):
+            read_receipt(text)
+
+
+def test_the_scan_finds_what_is_left_behind(vault: Vault, runs: Path) -> None:
+    user_hash = vault.user_hash("alice")
+    receipt = forget_user(vault, "alice", [runs])
+    (runs / "report.html").write_text("<td>canary été 1</td>")
+    (runs / "log.txt").write_text(json.dumps("canary été 2"))
+    (runs / "old.jsonl.gz").write_bytes(gzip.compress(b"profile canary"))
+    vault.append_history("alice", make_items("5"))
+    (vault.root / "tmp" / f"{user_hash}-1").write_bytes(b"x")
+    problems = verify_receipt(vault, receipt, [runs], CANARIES)
+    assert "the registry has 1 rows of the user" in problems
+    for name in ("report.html", "log.txt", "old.jsonl.gz"):
+        assert any(name in problem and "forgotten text" in problem for problem in problems)
+    assert sum("named by the user's hash" in problem for problem in problems) >= 2
+
+
+def test_forgetting_no_one_is_an_error(vault: Vault) -> None:
+    with pytest.raises(ValueError, match="no such user"):
+        forget_user(vault, "carol")
+    with pytest.raises(ValueError, match="has no item '7'"):
+        forget_items(vault, "alice", ["1", "7"])
+    assert vault.verify() == [] and len(vault.read_history("alice")) == 3
+
+
+def test_a_job_that_is_training_a_forgotten_user_cannot_bring_them_back(vault: Vault) -> None:
+    lease = vault.lease("alice", "job", 60)
+    receipt = forget_user(vault, "alice")
+    with pytest.raises(Refused, match="lease of job"):
+        vault.commit("alice", make_adapter(3), make_manifest(), lease)
+    vault.gc(min_age_s=-1)
+    assert verify_receipt(vault, receipt, canaries=CANARIES) == []
+
+
+def test_a_link_in_the_users_place_is_removed_but_not_followed(vault: Vault, tmp_path: Path) -> None:
+    folder, elsewhere = vault.user_folder(vault.user_hash("alice")), tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    before = tree(elsewhere)
+    forget_user(vault, "alice")
+    assert tree(elsewhere) == before and not folder.is_symlink()
+
+
+def test_a_forgotten_item_takes_what_was_made_from_it(vault: Vault, runs: Path) -> None:
+    bob = tree(vault.user_folder(vault.user_hash("bob")))
+    receipt = forget_items(vault, "alice", ["2"], [runs])
+    assert verify_receipt(vault, receipt, [runs], ["canary été 2", "profile canary"]) == []
+    assert receipt.needs_training and len(receipt.items) == 1 and "2" not in receipt.items
+    assert [item.item_id for item in vault.read_history("alice")] == ["1", "3"]
+    adapter, manifest = vault.load("alice", base_fingerprint=BASE)
+    assert same(adapter, make_adapter(1)) and manifest.item_ids == ("1",)  # the version that never saw item 2
+    assert len(vault.registry.versions(vault.user_hash("alice"))) == 1
+    assert vault.get_blob("alice", "profile.txt") is None
+    assert vault.done("run", ["alice"]) == set()  # so that the run trains her again
+    assert tree(vault.user_folder(vault.user_hash("bob"))) == bob and vault.verify() == []
+    lines = (runs / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["query_id"] for line in lines[:2]] == ["9", "2"]
+    history = json.loads(gzip.decompress((runs / "histories.jsonl.gz").read_bytes()))
+    assert [item["item_id"] for item in history["items"]] == ["1"]
+    vault.append_history("alice", make_items("2"))
+    assert any("forgotten item" in problem for problem in verify_receipt(vault, receipt))
+
+
+def test_an_item_no_version_was_trained_on_needs_no_training(vault: Vault) -> None:
+    vault.append_history("alice", make_items("4"))
+    receipt = forget_items(vault, "alice", ["4"])
+    assert not receipt.needs_training and same(vault.load("alice", base_fingerprint=BASE)[0], make_adapter(2))
+
+
+def test_a_version_whose_manifest_cannot_be_read_goes_too(vault: Vault) -> None:
+    folder = vault.user_folder(vault.user_hash("alice")) / "adapters"
+    for manifest in folder.glob("*/manifest.json"):
+        manifest.write_bytes(b"?")
+    assert forget_items(vault, "alice", ["3"]).needs_training
+    assert list(folder.iterdir()) == [] and vault.verify() == []
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("forget", "gone"),
+    [
+        (lambda vault, runs: forget_user(vault, "alice", [runs]), CANARIES),
+        (lambda vault, runs: forget_items(vault, "alice", ["2"], [runs]), ("canary été 2", "profile canary")),
+    ],
+    ids=["user", "item"],
+)
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_forgetting_goes_on_after_a_crash_at_every_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forget: Callable[[Vault, Path], Receipt],
+    gone: tuple[str, ...],
+    encrypt: bool,
+) -> None:
+    vault = Vault(tmp_path / "template" / "vault", encrypt=encrypt)
+    vault.append_history("alice", [Item("1"), Item("2", text="canary été 2")])
+    vault.put_blob("alice", "profile.txt", b"profile canary")
+    vault.commit("alice", make_adapter(1), make_manifest(("1",)))
+    vault.commit("alice", make_adapter(2), make_manifest(("1", "2")))
+    vault.close()
+    (tmp_path / "template" / "runs").mkdir()
+    line = json.dumps({"user_id": "alice", "query_id": "2"}) + "\n"
+    (tmp_path / "template" / "runs" / "predictions.jsonl").write_text(line)
+    at, receipt = 0, None
+    while receipt is None:
+        at += 1
+        shutil.copytree(tmp_path / "template", tmp_path / f"{at}")
+        vault, runs = Vault(tmp_path / f"{at}" / "vault"), tmp_path / f"{at}" / "runs"
+        count = 0
+
+        def die(operation: Callable[..., Any], *args: Any, at: int = at) -> Any:
+            nonlocal count
+            count += 1
+            if count >= at:
+                raise Crash
+            return operation(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(vault_module, "step", die)
+            patch.setattr("oppu_ray.forget.step", die)
+            try:
+                receipt = forget(vault, runs)
+            except Crash:
+                pass
+        if receipt is None:
+            is_known = vault.registry.has_user(vault.user_hash("alice"))
+            if is_known and [item.item_id for item in vault.read_history("alice")] == ["1"]:
+                continue  # all is gone, only the receipt was not written: then there is nothing left to forget
+            again = forget(vault, runs)
+            vault.gc(min_age_s=-1)
+            assert verify_receipt(vault, again, [runs], gone) == []
+        assert vault.verify() == []
+        vault.close()
+    assert at > 8

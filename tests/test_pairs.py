@@ -1,0 +1,115 @@
+import pytest
+
+from oppu_ray.config import TaskConfig
+from oppu_ray.core import Item, TrainingPair
+from oppu_ray.pairs import make_pairs
+from oppu_ray.tasks import TASKS, get_task, render_prompt
+
+TWEET = Item("t1", text="Vote  today:\npolls close at eight tonight, folks!")
+PAPER = Item("p1", text="Parsing fast", title="Chart parsing", abstract="We parse.\nFast.")
+CITATION_QUERY = Item("q1", text="Parsing faster", label="[2]", options=("Tagging", "Parsing fast"))
+
+
+def pair(name: str, item: Item, strategy: str = "") -> TrainingPair:
+    config = TaskConfig(name=name, strategy=strategy)
+    (made,) = make_pairs(get_task(config), [item], config)
+    return made
+
+
+def read(made: TrainingPair) -> tuple[str, str]:
+    return render_prompt(made.prompt), made.completion
+
+
+def test_an_item_with_question_and_answer_is_asked_like_a_query() -> None:
+    config = TaskConfig(name="LaMP-2M", labels=("sci-fi", "comedy"), max_input_words=2)
+    items = [Item("a", text="robots in love", label="sci-fi"), Item("b", text="a wedding", label="comedy")]
+    pairs = make_pairs(get_task(config), items, config)
+    ask = "Which tag fits this movie? Answer with one of: sci-fi, comedy.\n"
+    assert [read(made) for made in pairs] == [
+        (ask + "description: robots in\ntag:", " sci-fi"),
+        (ask + "description: a wedding\ntag:", " comedy"),
+    ]
+    assert [made.item_id for made in pairs] == ["a", "b"]
+
+
+def test_a_tweet_with_keywords_and_a_paper_with_options_are_aligned_whatever_the_strategy() -> None:
+    tweet = Item("t2", text="Vote today!", keywords="today, vote")
+    for strategy in ("", "stem", "completion"):
+        prompt, completion = read(pair("LaMP-7", tweet, strategy))
+        assert prompt.endswith("content: today, vote\ntweet:") and completion == " Vote today!"
+    prompt, completion = read(pair("LaMP-1", CITATION_QUERY, "title_to_abstract"))
+    assert prompt.endswith("[1]: Tagging\n[2]: Parsing fast\npaper title: Parsing faster\nreference:")
+    assert completion == " [2]"
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "strategy", "prompt", "completion"),
+    [
+        ("LaMP-7", TWEET, "", "tweet:", " Vote today: polls close at eight tonight, folks!"),
+        ("LaMP-7", TWEET, "next_token", "tweet:", " Vote today: polls close at eight tonight, folks!"),
+        ("LaMP-7", TWEET, "stem", "tweet:", " Vote today: polls close at eight tonight, folks!"),
+        ("LaMP-7", TWEET, "completion", "tweet: Vote", " today: polls close at eight tonight, folks!"),
+        ("LaMP-7", Item("t3", text="Vote!"), "completion", "tweet:", " Vote!"),
+        ("LaMP-1", PAPER, "", "paper title:", " Parsing fast reference: Chart parsing abstract: We parse. Fast."),
+        ("LaMP-1", Item("p2", text="Parsing fast"), "", "paper title:", " Parsing fast"),
+        ("LaMP-1", PAPER, "stem", "paper title: Parsing fast\nreference:", " Chart parsing"),
+        ("LaMP-1", PAPER, "title_to_abstract", "paper title: Parsing fast\nabstract:", " We parse. Fast."),
+    ],
+)
+def test_strategies_for_items_without_a_pair(
+    name: str, item: Item, strategy: str, prompt: str, completion: str
+) -> None:
+    assert read(pair(name, item, strategy)) == (prompt, completion)
+
+
+def test_each_unaligned_task_has_a_default_and_refuses_other_strategies_by_name() -> None:
+    assert {task.name: task.strategies for task in TASKS if task.strategies} == {
+        "citation": ("next_token", "stem", "title_to_abstract"),
+        "tweet_paraphrase": ("next_token", "stem", "completion"),
+    }
+    with pytest.raises(ValueError, match="'completion' does not fit citation; expected one of: next_token, stem"):
+        pair("LaMP-1", PAPER, "completion")
+    with pytest.raises(ValueError, match="'stem' does not fit movie_tagging; expected one of: none"):
+        pair("LaMP-2M", Item("a", text="robots", label="sci-fi"), "stem")
+
+
+def test_an_item_too_poor_for_its_strategy_is_an_error_that_names_it() -> None:
+    with pytest.raises(ValueError, match="item 'p2': .*options, label empty.*'stem'; .*: next_token, title_to"):
+        pair("LaMP-1", Item("p2", text="Parsing fast"), "stem")
+    with pytest.raises(ValueError, match="item 'p2': .*'title_to_abstract'"):
+        pair("LaMP-1", Item("p2", text="Parsing fast"), "title_to_abstract")
+    with pytest.raises(ValueError, match="item 'h1': .*title empty"):
+        pair("LaMP-4", Item("h1", text="An article"))
+
+
+@pytest.mark.parametrize("name", ["LaMP-7", "LaMP-1"])
+@pytest.mark.parametrize("order", ["shared_first", "paper"])
+def test_profile_and_memory_stand_before_unaligned_items_too(name: str, order: str) -> None:
+    config = TaskConfig(name=name, prompt_order=order)
+    item = Item("x", text="some words")
+    (made,) = make_pairs(get_task(config), [item], config, lambda index: ("tweet: old",), "Writes\nshort.")
+    assert render_prompt(made.prompt).startswith("Writes short.\ntweet: old\n")
+
+
+def test_no_pair_depends_on_items_after_it() -> None:
+    config = TaskConfig(name="LaMP-4")
+    task = get_task(config)
+    items = [Item(str(i), text=f"article {i}", title=f"headline {i}") for i in range(6)]
+
+    def memory_of(history: list[Item]):
+        return lambda index: tuple(f"article: {item.text}" for item in history[:index])
+
+    whole = make_pairs(task, items, config, memory_of(items))
+    for length in range(1, 6):
+        changed = items[:length] + [Item("z", text="secret", title="secret")] * (6 - length)
+        assert make_pairs(task, changed, config, memory_of(changed))[:length] == whole[:length]
+    assert whole[0].prompt.memory == () and len(whole[5].prompt.memory) == 5
+
+
+def test_pairs_are_deterministic_and_share_the_instruction() -> None:
+    config = TaskConfig(name="chat_reply")
+    items = [Item(str(i), text=f"reply {i}", context=(f"Partner: line {i}",)) for i in range(5)]
+    pairs = make_pairs(get_task(config), items, config)
+    assert pairs == make_pairs(get_task(config), items, config)
+    assert len({made.prompt.instruction for made in pairs}) == 1
+    assert read(pairs[2]) == ("Write the user's next message in this chat.\nPartner: line 2\nYou:", " reply 2")
