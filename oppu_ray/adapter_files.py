@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from oppu_ray.core import AdapterState
+from oppu_ray.files import new_folder
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -133,43 +130,11 @@ def check_adapter(adapter: AdapterState, where: str) -> None:
         _check_modules(tensors, config, kind, where)
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target`, which a clean exit syncs to disk and renames to `target` in one step.
-
-    After an exception, or a kill, there is no `target`; a killed process leaves a hidden `.<name>.*.partial` behind.
-
-    Raises:
-        ValueError: if `target` already exists and is not an empty folder.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: already exists and is never overwritten; expected a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(target.parent)
-
-
 def matches_target(module: str, target_modules: str | list[str]) -> bool:
     """Whether PEFT would put an adapter on `module`: a string is a full-match regex, a list holds names or endings."""
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in target_modules)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _peft_config_class(kind: str) -> Any:

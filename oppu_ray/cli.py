@@ -49,7 +49,8 @@ def run_stage(stage: str, path: Path, overrides: list[str]) -> int:
     """Load the config, print it as resolved, run one stage."""
     config = load_config(path, overrides)
     print(yaml.safe_dump(_plain(to_dict(config)), sort_keys=False, default_flow_style=None, width=120))
-    from oppu_ray import stages  # torch and transformers take seconds to import; a wrong config should not wait for them
+    # Imported here: torch and transformers take seconds, and a wrong config should not wait for them.
+    from oppu_ray import stages
 
     function: Callable[..., Any] = getattr(stages, stage)
     function(config)
@@ -62,8 +63,8 @@ def job(stage: str) -> int:
 
 
 def _doctor() -> int:
-    from oppu_ray.base_model import oppu_home
     from oppu_ray.doctor import print_checks, run_doctor
+    from oppu_ray.files import oppu_home
 
     return 0 if print_checks(run_doctor(oppu_home())) else 1
 

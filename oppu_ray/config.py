@@ -146,9 +146,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# What the released code does where it differs from the paper: q, k and v in the task stage ("out_proj" does not exist in
-# Llama), and the "stem" strategy for items without a label. Its leak between users (training list never emptied) is a
-# defect that we never reproduce.
+# What the released code does where it differs from the paper: q, k and v in the task stage ("out_proj" does not exist
+# in Llama), and the "stem" strategy for items without a label. Its leak between users (training list never emptied) is
+# a defect that we never reproduce.
 PRESETS["code-compat"] = {
     "task": {"prompt_order": "paper", "strategy": "stem", "max_input_words": 768},
     "adapt": {
@@ -176,9 +176,13 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: expected dotted.key=value")
-        _set(values, key.split("."), yaml.safe_load(text), override)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
+        _set(values, key.split("."), value, override)
     preset = values.get("preset", Config.preset)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"{path}: preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}")
     return _build(Config, _merge(PRESETS[preset], values), str(path), "")
 
@@ -231,7 +235,7 @@ def _convert(kind: Any, value: Any, source: str, at: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise wrong
-        return {str(key): str(part) for key, part in value.items()}
+        return {str(key): _convert(str, part, source, f"{at}.{key}") for key, part in value.items()}
     if kind is bool or isinstance(value, bool):
         if kind is not bool or not isinstance(value, bool):
             raise wrong
@@ -240,6 +244,8 @@ def _convert(kind: Any, value: Any, source: str, at: str) -> Any:
         if not isinstance(value, str | int | float):
             raise wrong
         return str(value)
+    if kind is int and isinstance(value, int):
+        return value  # not by way of float, which would round a large seed
     try:
         if kind is int and float(value) != int(float(value)):
             raise wrong

@@ -158,7 +158,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class UserDone:
-    """What leaves a worker when a user is trained: counts, losses and the committed version, or the reason for failing."""
+    """What leaves a worker when a user is trained: counts, losses and the committed version, or why it failed."""
 
     user_id: str
     version: str | None

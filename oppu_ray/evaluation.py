@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from oppu_ray.adapters import peft_from_dict
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, Example, Item, Prediction, Request, UserHistory
-from oppu_ray.adapters import peft_from_dict
 from oppu_ray.inference import Engine
 from oppu_ray.metrics import score_answers, score_one
 from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.tasks import Task, make_prompt, parse_answer, target_text
 
-REFERENCE = {"oppu": "task", "swapped": "task"}
 HEURISTIC_ARMS = ("majority_global", "majority_user", "last_user")
 MODEL_ARMS = ("base", "task", "oppu", "swapped")
 
@@ -86,7 +85,7 @@ def answer_users(
         options = [gold, *(label for label in task.labels if label != gold)]
         totals = [mean * example.num_completion for mean, example in zip(nll, examples, strict=True)]
         label = options[int(np.argmin(totals))] if task.labels else None
-        text = parse_answer(task, base.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        text = parse_answer(task, str(base.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)))
         predictions.append(Prediction(arm, user_id, query.item_id, gold, text, nll[0], label))
     return predictions
 
@@ -114,7 +113,7 @@ def summarise(task: Task, predictions: Sequence[Prediction], num_bootstrap: int,
     """Scores per arm and paired gains.
 
     Returns:
-        `arms.<arm>`: the task's metrics, `<metric>_by_label` for the likeliest label, `nll`, `num_queries`, `num_users`.
+        `arms.<arm>`: the task's metrics, also `_by_label` (the likeliest label), `nll`, `num_queries`, `num_users`.
         `gains.<arm>`: over the task-adapted model, in the task's first metric; `nll_gains` the same in nats per token;
         `controls.oppu`: over the swapped adapter. More is better in all of them.
     """
@@ -216,13 +215,18 @@ def format_table(task: Task, summary: dict[str, Any]) -> str:
         lines.append(f"{arm:<17} {EXPLAINED.get(arm, arm):<36}{shown}{tail}")
     for name, kind in (("gains", "over task, by user"), ("nll_gains", "over task, nats per token")):
         if gain := summary[name].get("oppu"):
-            low, high, mean = (gain["by_user_low"], gain["by_user_high"], gain["by_user_mean"]) if name == "gains" else (
-                gain["low"], gain["high"], gain["mean"])
+            low, high, mean = (
+                (gain["by_user_low"], gain["by_user_high"], gain["by_user_mean"])
+                if name == "gains"
+                else (gain["low"], gain["high"], gain["mean"])
+            )
             lines.append(f"OPPU {kind}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     for name, kind in (("controls", "answers"), ("nll_controls", "nats per token")):
         if gain := summary[name].get("oppu"):
-            lines.append(f"OPPU over another user's adapter, {kind}: "
-                         f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+            lines.append(
+                f"OPPU over another user's adapter, {kind}: "
+                f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+            )
     if gain := summary["gains"].get("oppu"):
         lines.append(f"OPPU changed {gain['changed']:.0%} of the task model's answers.")
     return "\n".join(lines)

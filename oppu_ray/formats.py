@@ -13,12 +13,8 @@ import gzip
 import io
 import json
 import math
-import os
 import re
 import reprlib
-import subprocess
-import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -28,6 +24,7 @@ from typing import IO, Any
 
 from oppu_ray.config import DataConfig
 from oppu_ray.core import Rejected
+from oppu_ray.files import fetch_wheel, oppu_home
 from oppu_ray.tasks import Task
 
 MAX_RECORD_BYTES = 16 * 2**20
@@ -100,7 +97,7 @@ def read_users(data: DataConfig, task: Task) -> Iterator[RawUser | Rejected]:
     if data.format == "hf":
         return _read_hf(data)
     if data.format == "chitchat":
-        return _read_chitchat(Path(data.path) if data.path else fetch_wheel(CHITCHAT))
+        return _read_chitchat(Path(data.path) if data.path else fetch_wheel(CHITCHAT, oppu_home() / "wheels"))
     readers = {"jsonl": _read_jsonl, "table": _read_table, "lamp": _read_lamp, "oppu": _read_oppu}
     if data.format not in readers:
         raise ValueError(f"data.format: expected one of {', '.join([*readers, 'hf', 'chitchat'])}, got {data.format!r}")
@@ -114,25 +111,6 @@ def short(value: object) -> str:
     text = value if isinstance(value, str) else reprlib.repr(value)
     text = text[: 2 * MAX_VALUE_CHARS].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
-
-
-def fetch_wheel(requirement: str) -> Path:
-    """The wheel of `requirement` ("name==version") in $OPPU_HOME/wheels (default ~/.cache/oppu-ray), downloaded once.
-
-    Raises:
-        ValueError: It is not there and cannot be downloaded.
-    """
-    folder = Path(os.environ.get("OPPU_HOME") or Path.home() / ".cache" / "oppu-ray") / "wheels"
-    pattern = requirement.replace("-", "_").replace("==", "-") + "-*.whl"
-    if found := sorted(folder.glob(pattern)):
-        return found[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", temporary, requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not (found := sorted(Path(temporary).glob(pattern))):
-            raise ValueError(f"{requirement}: pip could not download it to {folder}: {done.stderr.strip()[-300:]}")
-        return found[0].rename(folder / found[0].name)  # whole or not at all, also if another process does the same
 
 
 # --- JSONL

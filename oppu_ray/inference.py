@@ -156,11 +156,15 @@ class Engine:
         Raises:
             ValueError: An adapter is not loaded, or a prompt is empty.
         """
+        if not requests:
+            return []
         for request in requests:
             if not request.prompt_ids:
                 raise ValueError(f"request {request.request_id!r}: the prompt is empty")
         waiting = deque(sorted(requests, key=lambda request: self._slot(request.adapter_id)))
-        longest = max((len(r.prompt_ids) + r.max_new_tokens + self._num_virtual(self._slot(r.adapter_id)) for r in requests))
+        longest = max(
+            len(r.prompt_ids) + r.max_new_tokens + self._num_virtual(self._slot(r.adapter_id)) for r in requests
+        )
         cache = self._new_cache(min(self.max_rows, len(requests)), longest)
         active: list[_Answering] = []
         done: dict[str, Answer] = {}
@@ -193,11 +197,18 @@ class Engine:
             slot = self._slot(request.adapter_id)
             admitted.append(_Answering(request, slot, len(request.prompt_ids) + self._num_virtual(slot)))
         rows = [
-            Row(one.slot, (Example((*one.request.prompt_ids, 0), len(one.request.prompt_ids)),), 0, 1.0, self._num_virtual(one.slot))
+            Row(
+                one.slot,
+                (Example((*one.request.prompt_ids, 0), len(one.request.prompt_ids)),),
+                0,
+                1.0,
+                self._num_virtual(one.slot),
+            )
             for one in admitted
         ]
         stream = build_stream(rows, self._like())
         lengths = torch.tensor([one.length for one in admitted], device=self.bank.device)
+        cache.clear(slice(len(active), len(active) + len(admitted)))
         stream.plan.cache = cache
         numbers = torch.arange(len(active), len(active) + len(admitted), device=self.bank.device)
         stream.plan.cache_rows_T = numbers.repeat_interleave(lengths)
@@ -233,6 +244,6 @@ class Engine:
             finished.append(Answer(one.request.request_id, tuple(one.tokens[: -1 if stopped else None])))
             last = active.pop()
             if row < len(active):
-                cache.move(len(active), row, last.length)
+                cache.move(len(active), row)
                 active[row] = last
         return finished

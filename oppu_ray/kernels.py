@@ -3,8 +3,8 @@
 In: a Hugging Face causal LM. Out: the same model computing the same function, with its RMS norms, gated MLPs and rotary
 embedding replaced by single-pass versions with hand-written backward passes.
 The decision a reader would question: on AMX the matrix products are so fast (3 TFLOP/s on two cores) that eager bf16
-elementwise code takes three quarters of a step. Small pure functions are compiled by torch.compile; a module is replaced
-only where its fused version agrees with it on random input, so an unknown architecture just stays as it is.
+elementwise code takes three quarters of a step. Small pure functions are compiled by torch.compile; a module is
+replaced only where its fused version agrees with it on random input, so an unknown architecture just stays as it is.
 
 Shapes: T tokens, D features, V vocabulary, H heads.
 """
@@ -185,7 +185,7 @@ def fuse(model: nn.Module) -> int:
     return count
 
 
-def _fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _fused_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     name = type(module).__name__
     if name.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 1e-6)
@@ -197,7 +197,7 @@ def _fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, replacement: Callable[[Tensor], Tensor]) -> bool:
+def _agrees(module: Any, replacement: Callable[[Tensor], Tensor]) -> bool:
     width = module.gate_proj.in_features if hasattr(module, "gate_proj") else module.weight.shape[0]
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)

@@ -84,7 +84,7 @@ def plan_user(user_id: str, seed: int, examples: Sequence[Example], config: Trai
     steps: list[tuple[Example, ...]] = []
     size = config.items_per_step
     num_steps = config.max_steps or config.epochs * -(-len(examples) // size)
-    while len(steps) < num_steps:
+    while examples and len(steps) < num_steps:
         order = list(examples)
         shuffle.shuffle(order)
         steps += [tuple(order[i : i + size]) for i in range(0, len(order), size)]
@@ -119,7 +119,8 @@ def plan_shards(packs: Sequence[Pack], num_shards: int) -> list[list[Pack]]:
 
 @dataclass(frozen=True)
 class Row:
-    """Examples of one slot that share their first `num_prefix` tokens; `weight` multiplies each completion token's loss.
+    """Examples of one slot that share their first `num_prefix` tokens; `weight` multiplies each completion
+    token's loss.
 
     `num_virtual` prompt-tuning vectors stand before the prefix.
     """
@@ -167,10 +168,7 @@ def make_rows(
         groups[-1].append(example)
         size += own
     weight = 1.0 / sum(example.num_completion for example in examples)
-    return [
-        Row(slot, tuple(group), shared_prefix(group), weight, num_virtual)
-        for group in groups
-    ]
+    return [Row(slot, tuple(group), shared_prefix(group), weight, num_virtual) for group in groups]
 
 
 def plan_passes(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oppu_ray.core import Item, UserHistory, UserSize
 from oppu_ray.files import write_atomic
@@ -80,21 +81,37 @@ def read_index(folder: Path) -> Index:
 
 
 def read_users(folder: Path, index: Index, user_ids: Sequence[str]) -> list[UserHistory]:
-    """Read just these users' lines."""
+    """Read just these users' lines.
+
+    Raises:
+        ValueError: A user was not prepared, or `users.jsonl` is not the file that the index was made for.
+    """
+    if unknown := [user_id for user_id in user_ids if user_id not in index.entries]:
+        raise ValueError(
+            f"user {unknown[0]!r} is not in {folder / 'index.json'}: run `prepare` with their history first"
+        )
     users = []
     with (folder / "users.jsonl").open("rb") as file:
         for user_id in user_ids:
             entry = index.entries[user_id]
             file.seek(entry.offset)
-            values = json.loads(file.read(entry.length))
+            try:
+                values = json.loads(file.read(entry.length))
+                found = values["user_id"]
+            except (ValueError, KeyError, TypeError):
+                found = None
+            if found != user_id:
+                where = f"{folder / 'users.jsonl'}: byte {entry.offset}"
+                raise ValueError(
+                    f"{where}: expected the line of user {user_id!r}, found {found!r}; run `prepare` again"
+                )
             items, queries = (tuple(map(_item, values[part])) for part in ("items", "queries"))
             users.append(UserHistory(values["user_id"], values["role"], items, queries))
     return users
 
 
-def _item(values: dict[str, object]) -> Item:
-    lists = {key: tuple(values.pop(key)) for key in ("context", "options")}  # type: ignore[call-overload]
-    return Item(**values, **lists)  # type: ignore[arg-type]
+def _item(values: dict[str, Any]) -> Item:
+    return Item(**{**values, "context": tuple(values["context"]), "options": tuple(values["options"])})
 
 
 def _num_words(item: Item) -> int:

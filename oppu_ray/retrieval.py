@@ -17,8 +17,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -31,6 +29,8 @@ import faiss
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
+
+from oppu_ray.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -400,19 +400,7 @@ def save_vectors(path: Path, vectors: np.ndarray, embedder_fingerprint: str, ite
     }
     payload = safetensors.numpy.save({"vectors": np.ascontiguousarray(vectors)}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    write_atomic(path, payload)
 
 
 def load_vectors(path: Path, expect_fingerprint: str) -> tuple[np.ndarray, tuple[str, ...]]:

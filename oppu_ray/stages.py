@@ -25,7 +25,7 @@ from oppu_ray import __version__
 from oppu_ray.base_model import load_base, merge_adapter
 from oppu_ray.config import Config, to_dict
 from oppu_ray.core import Prediction, TrainResult
-from oppu_ray.evaluation import HEURISTIC_ARMS, answer_by_habit, format_table, summarise
+from oppu_ray.evaluation import HEURISTIC_ARMS, MODEL_ARMS, answer_by_habit, format_table, summarise
 from oppu_ray.files import write_atomic
 from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.packing import plan_packs, plan_shards, plan_user
@@ -68,7 +68,9 @@ def adapt(config: Config) -> dict[str, Any]:
     index = read_index(_folder(config, "prepare"))
     with _result(config, "adapt") as result:
         base = open_base(config)
-        task_id = _digest(index.fingerprint, base.fingerprint, to_dict(config)["adapt"], to_dict(config)["task"], config.seed)
+        task_id = _digest(
+            index.fingerprint, base.fingerprint, to_dict(config)["adapt"], to_dict(config)["task"], config.seed
+        )
         target = folder / f"base-{task_id}"
         result["fingerprints"] |= {"base": base.fingerprint, "histories": index.fingerprint}
         result["task_base"] = str(base.path if not index.sizes("base") else target)
@@ -78,6 +80,8 @@ def adapt(config: Config) -> dict[str, Any]:
             return result
         if not target.exists():
             trained = _train_task_adapter(config, index, base)
+            if trained.adapter is None:
+                raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
             merge_adapter(base, trained.adapter, target)
             result |= {"losses": trained.losses, "num_tokens": trained.num_useful_tokens}
         result["fingerprints"]["task_base"] = load_base(config.base, target).fingerprint
@@ -92,8 +96,6 @@ def _train_task_adapter(config: Config, index: Index, base: Any) -> TrainResult:
     work = plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
     with progress_bar("task adapter", len(work.steps), "step") as bar:
         (trained,) = train_pack(base.model, [work], config.adapt, lambda tokens, _: bar.advance(1, tokens))
-    if trained.adapter is None:
-        raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
     return trained
 
 
@@ -103,7 +105,7 @@ def train(config: Config) -> dict[str, Any]:
     packs = plan_packs(index.sizes("target"), config.personal)
     shards = plan_shards(packs, max(1, config.workers.num_workers))
     units = [(pack.user_ids,) for pack in sorted(packs, key=lambda pack: (-pack.num_words, pack.pack_id))]
-    failed, num_done, num_tokens, last_losses = {}, 0, 0, []
+    failed, num_done, num_trained, num_tokens = {}, 0, 0, 0
     with _result(config, "train") as result:
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
         Vault(_folder(config, "vault")).close()
@@ -117,51 +119,58 @@ def train(config: Config) -> dict[str, Any]:
                     failed[done.user_id] = done.error
                 else:
                     num_done += 1
-                    last_losses.append(done.last_loss)
+                    num_trained += done.version is not None  # None: this run had committed the user before
         elapsed = time.monotonic() - started
         result |= {
             "num_done": num_done,
+            "num_trained": num_trained,
             "num_failed": len(failed),
             "failed": failed,
             "num_packs": len(packs),
             "shard_words": [sum(pack.num_words for pack in shard) for shard in shards],
             "num_tokens": num_tokens,
             "useful_tokens_per_s": num_tokens / elapsed,
-            "users_per_hour": 3600 * num_done / elapsed,
+            "users_per_hour": 3600 * num_trained / elapsed,
         }
-        print(f"{num_done} users trained and committed, {len(failed)} failed, {num_tokens / elapsed:.0f} tokens/s")
+        before = f" ({num_done - num_trained} of them before)" if num_done > num_trained else ""
+        print(
+            f"{num_done} users trained and committed{before}, {len(failed)} failed, {num_tokens / elapsed:.0f} tokens/s"
+        )
     return result
 
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer every target user's later items by every arm and compare; resumes where it was stopped."""
+    known = (*HEURISTIC_ARMS, *MODEL_ARMS)
+    if unknown := [arm for arm in config.evaluate.arms if arm not in known]:
+        raise ValueError(f"evaluate.arms: {unknown[0]!r} is unknown; expected one of {', '.join(known)}")
     index, task_base, run_id = _plan(config)
     folder, task = _folder(config, "evaluate"), get_task(config.task)
     with _result(config, "evaluate") as result:
         vault = Vault(_folder(config, "vault"))
         sizes = sorted(index.sizes("target"), key=lambda size: size.user_id)
         trained = vault.done(run_id, [size.user_id for size in sizes])
+        vault.close()
         user_ids = [size.user_id for size in sizes if size.user_id in trained]
         user_ids = user_ids[: config.evaluate.max_users or None]
         if not user_ids:
             raise ValueError(f"run {run_id} has no trained user in {_folder(config, 'vault')}: run `train` first")
         evaluation_id = _digest(run_id, to_dict(config)["evaluate"], user_ids)
         arms = [arm for arm in config.evaluate.arms if task.labels or arm not in HEURISTIC_ARMS]
-        predictions = _read_predictions(folder / "predictions.jsonl", evaluation_id)
+        num_queries = {user_id: index.entries[user_id].size.num_queries for user_id in user_ids}
+        predictions = _resume_predictions(folder / "predictions.jsonl", evaluation_id, num_queries)
         seen = {(prediction.arm, prediction.user_id) for prediction in predictions}
-        with (folder / "predictions.jsonl").open("a", encoding="utf-8") as file:
-            num_queries = {user_id: index.entries[user_id].size.num_queries for user_id in user_ids}
-            total = sum(num_queries[u] for arm in arms for u in user_ids if (arm, u) not in seen)
-            with progress_bar("answers", total, "answer") as bar:
-                for arm in arms:
-                    left = [user_id for user_id in user_ids if (arm, user_id) not in seen]
-                    for prediction in _answers(config, index, task_base, run_id, arm, left, user_ids):
-                        line = {"evaluation": evaluation_id, **dataclasses.asdict(prediction)}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                        predictions.append(prediction)
-                        bar.advance(1, 0)
-                    file.flush()
-                    os.fsync(file.fileno())
+        left = {arm: [user_id for user_id in user_ids if (arm, user_id) not in seen] for arm in arms}
+        total = sum(num_queries[user_id] for users in left.values() for user_id in users)
+        with (
+            (folder / "predictions.jsonl").open("a", encoding="utf-8", buffering=1) as file,
+            progress_bar("answers", total, "answer") as bar,
+        ):
+            for prediction in _answers(config, index, task_base, run_id, left, user_ids):
+                line = {"evaluation": evaluation_id, **dataclasses.asdict(prediction)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                predictions.append(prediction)
+                bar.advance(1, 0)
         order = {arm: number for number, arm in enumerate(arms)}
         predictions.sort(key=lambda prediction: (order[prediction.arm], prediction.user_id))
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
@@ -171,18 +180,19 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def _answers(
-    config: Config, index: Index, task_base: Path, run_id: str, arm: str, left: list[str], everyone: list[str]
+    config: Config, index: Index, task_base: Path, run_id: str, left: dict[str, list[str]], everyone: list[str]
 ) -> Iterator[Prediction]:
-    if not left:
-        return
-    if arm in HEURISTIC_ARMS:
-        users = read_users(_folder(config, "prepare"), index, left)
-        yield from answer_by_habit(get_task(config.task), arm, users, index.labels)
-        return
+    """Answers by arm for the users in `left`; all arms that need a model in one call, so that workers start once."""
     partner = dict(zip(everyone, [*everyone[1:], everyone[0]], strict=True))
     size = config.personal.max_users_per_pack
-    parts = [tuple(left[i : i + size]) for i in range(0, len(left), size)]
-    units = [(part, arm, tuple(partner[user_id] for user_id in part)) for part in parts]
+    units = []
+    for arm, user_ids in left.items():
+        if arm in HEURISTIC_ARMS:
+            users = read_users(_folder(config, "prepare"), index, user_ids)
+            yield from answer_by_habit(get_task(config.task), arm, users, index.labels)
+        else:
+            parts = [tuple(user_ids[i : i + size]) for i in range(0, len(user_ids), size)]
+            units += [(part, arm, tuple(partner[user_id] for user_id in part)) for part in parts]
     yield from run_units(config, task_base, run_id, "answer", units)
 
 
@@ -216,17 +226,22 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_predictions(path: Path, evaluation_id: str) -> list[Prediction]:
-    """Whole users of this evaluation; a user cut short, or a torn last line, is answered again."""
+def _resume_predictions(path: Path, evaluation_id: str, num_queries: dict[str, int]) -> list[Prediction]:
+    """The answers that need not be given again. A torn last line leaves the file, and so does a user cut short."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            values = json.loads(line)
-            if values.pop("evaluation") == evaluation_id:
-                kept.append(Prediction(**values))
-    return kept
+    kept: list[bytes] = []
+    mine: dict[tuple[str, str], list[tuple[bytes, Prediction]]] = {}
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        values = json.loads(line)
+        if values.pop("evaluation") == evaluation_id:
+            mine.setdefault((values["arm"], values["user_id"]), []).append((line, Prediction(**values)))
+        else:
+            kept.append(line)
+    whole = [answers for (_, user_id), answers in mine.items() if len(answers) == num_queries[user_id]]
+    kept += [line for answers in whole for line, _ in answers]
+    write_atomic(path, b"".join(line + b"\n" for line in kept))
+    return [prediction for answers in whole for _, prediction in answers]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Packs -> adapters: many users' steps in one forward pass, each user's update what it would be alone (D1-D3).
 
-In: a base model and the work of one pack's users. Out: one `TrainResult` per user, yielded as the user's last step is done.
+In: a base model and the work of one pack's users. Out: one `TrainResult` per user, yielded as the user's last step
+is done.
 The decision a reader would question: a pack's step is computed in passes of bounded size, because on a CPU a pass of
-2,000 tokens already fills the matrix units and a bigger one only costs memory. Gradients gather in the bank, then one
+4,000 tokens already fills the matrix units and a bigger one only costs memory. Gradients gather in the bank, then one
 Adam step moves every slot. Cost of the passes is linear in tokens, so nothing waits for the longest row.
 
 Shapes: C completion tokens, D hidden, V vocabulary.
@@ -10,8 +11,9 @@ Shapes: C completion tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 def train_pack(
     model: nn.Module, pack: Sequence[UserWork], config: TrainConfig, progress: Progress | None = None
-) -> Iterator[TrainResult]:
+) -> Generator[TrainResult]:
     """Train every user of a pack from start to end.
 
     Args:
@@ -46,23 +48,30 @@ def train_pack(
     was_training = model.training
     model.train(any(user.peft.dropout for user in pack) or config.gradient_checkpointing)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     try:
         yield from _train(bank, pack, config, progress)
     finally:
         bank.remove()
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            model.activation_checkpointing_disable()  # type: ignore[operator]
         model.train(was_training)
 
 
-def _train(bank: AdapterBank, pack: Sequence[UserWork], config: TrainConfig, progress: Progress | None) -> Iterator[TrainResult]:
+def _train(
+    bank: AdapterBank, pack: Sequence[UserWork], config: TrainConfig, progress: Progress | None
+) -> Generator[TrainResult]:
     users = dict(enumerate(pack))
     losses: dict[int, list[float]] = {slot: [] for slot in users}
     tokens = dict.fromkeys(users, 0)
-    for slot, user in users.items():
+    for slot, user in list(users.items()):
+        if not user.steps:
+            yield TrainResult(users.pop(slot).user_id, None, error="there is nothing to train on")
+            continue
         bank.start(slot, user.peft, user.seed)
-    for step in range(max((len(user.steps) for user in pack), default=0)):
+    for step in itertools.count():
+        if not users:
+            return
         step_losses, step_tokens = backward_step(bank, {s: u.steps[step] for s, u in users.items()}, config, step)
         rates = {slot: learning_rate(config, step, len(user.steps)) for slot, user in users.items()}
         norms = bank.adam_step(rates, step + 1, config.clip_norm, config.weight_decay)
@@ -81,7 +90,7 @@ def _train(bank: AdapterBank, pack: Sequence[UserWork], config: TrainConfig, pro
 
 
 def backward_step(
-    bank: AdapterBank, examples: dict[int, Sequence[Example]], config: TrainConfig, step: int = 0
+    bank: AdapterBank, examples: Mapping[int, Sequence[Example]], config: TrainConfig, step: int = 0
 ) -> tuple[dict[int, float], dict[int, int]]:
     """Add each slot's gradient of its mean completion-token loss to the bank.
 
@@ -96,16 +105,16 @@ def backward_step(
         )
     ]
     losses = torch.zeros(bank.num_slots, device=bank.device)
+    tokens = dict.fromkeys(examples, 0)
     for part in plan_passes(rows, config.max_tokens_per_pass):
         stream = build_stream(part, bank.anchor.to(bank.dtype))
-        bank.use(stream.ranges, step)
+        bank.use(stream.ranges, step, dict(tokens))
         hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
         nll_C = _HeadLoss.apply(hidden_TD, bank.model, stream)
         nll_C.sum().backward()
         losses.index_add_(0, stream.slot_C, nll_C.detach())
-    tokens = dict.fromkeys(examples, 0)
-    for row in rows:
-        tokens[row.slot] += row.num_tokens
+        for slot, start, stop in stream.ranges:
+            tokens[slot] += stop - start
     return {slot: losses[slot].item() for slot in examples}, tokens
 
 
@@ -156,5 +165,3 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     if config.schedule == "linear":
         return config.learning_rate * (1 - share)
     raise ValueError(f"schedule {config.schedule!r} is unknown; expected linear, cosine or constant")
-
-

@@ -8,6 +8,7 @@ predictions leave it. This is the only file of the package that imports Ray.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -45,7 +46,7 @@ def open_base(config: Config, path: Path | None = None) -> Base:
 
 
 class Worker:
-    """Trains and answers for the users it is given. `run_id` names the run in the vault; units are idempotent under it."""
+    """Trains and answers for the users it is given. `run_id` names the run in the vault; a unit may be run twice."""
 
     def __init__(self, config: Config, task_base: Path, run_id: str):
         if config.workers.threads:
@@ -70,9 +71,6 @@ class Worker:
         that its products have the same shapes and the same bits; committing a user twice changes nothing.
         """
         base = self._base(self.task_base_path)
-        if self.vault.done(self.run_id, unit) == set(unit):
-            yield from (UserDone(user_id, None, None, 0.0, 0.0, 0, 0) for user_id in unit)
-            return
         works, item_ids = [], {}
         for user in read_users(self.run_dir / "prepare", self.index, unit):
             item_ids[user.user_id] = tuple(item.item_id for item in user.items)
@@ -80,6 +78,9 @@ class Worker:
                 works.append(self._work(user, base))
             except ValueError as error:
                 yield UserDone(user.user_id, None, f"user {user.user_id!r}: {error}", 0.0, 0.0, 0, 0)
+        if self.vault.done(self.run_id, unit) == {work.user_id for work in works}:
+            yield from (UserDone(work.user_id, None, None, 0.0, 0.0, 0, 0) for work in works)
+            return
         config = self.config.personal
         for result in train_pack(base.model, works, config, progress):
             version = None
@@ -114,7 +115,6 @@ class Worker:
             owners = partners if arm == "swapped" else unit
             adapters = [self._adapter(owner, base) for owner in owners]
         yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, progress)
-
 
     def _adapter(self, user_id: str, base: Base) -> AdapterState:
         """The adapter that this run committed for the user, whatever has become current since."""
@@ -153,21 +153,22 @@ def _run_on_ray(
 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(include_dashboard=False, log_to_driver=True, logging_level="warning")
+        ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     workers = config.workers
     threads = {} if workers.threads else {"OMP_NUM_THREADS": str(max(1, int(workers.cpus_per_worker)))}
-    actor_class = ray.remote(_RayWorker).options(
+    actor_class: Any = ray.remote(_RayWorker).options(
         num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, runtime_env={"env_vars": threads}
     )
-    actors = [actor_class.remote(to_dict(config), str(task_base), run_id) for _ in range(workers.num_workers)]
+    num_actors = min(workers.num_workers, len(units))
+    actors = [actor_class.remote(to_dict(config), str(task_base), run_id) for _ in range(num_actors)]
     waiting = list(reversed(units))
-    running = {}
+    running: dict[Any, Any] = {}
     try:
         for actor in actors:
-            if waiting:
-                running[actor.run.remote(method, waiting.pop())] = actor
+            running[actor.run.remote(method, waiting.pop())] = actor
         while running:
-            (stream,), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            stream: Any = ready[0]
             try:
                 yield ray.get(next(stream))
             except StopIteration:
@@ -186,4 +187,5 @@ class _RayWorker:
         self.worker = Worker(from_dict(config), Path(task_base), run_id)
 
     def run(self, method: str, unit: tuple[Any, ...]) -> Iterator[Any]:
-        yield from getattr(self.worker, method)(*unit)
+        for result in getattr(self.worker, method)(*unit):  # noqa: UP028 (Ray sends values in; a list refuses them)
+            yield result

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tiny import ARCHITECTURES, tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from oppu_ray.adapter_files import load_adapter, new_folder, save_adapter
+from oppu_ray.adapter_files import load_adapter, save_adapter
 from oppu_ray.core import AdapterState
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -215,14 +215,3 @@ def test_an_adapter_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already exists and is never overwritten"):
         save_adapter(tmp_path / "a", small_lora(lora_alpha=1.0))
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
-
-
-def test_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a") as partial:
-        (partial / "half").write_text("")
-        raise KeyboardInterrupt
-    assert not any(tmp_path.iterdir())
-    with new_folder(tmp_path / "deep" / "a") as partial:
-        (partial / "whole").write_text("x")
-        assert not (tmp_path / "deep" / "a").exists()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a"]

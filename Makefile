@@ -1,0 +1,29 @@
+# Everything runs on one machine, without a cluster. The first target installs; all others see to it that it was done.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test check bench
+
+setup: $(READY)
+
+# torch first: DeepSpeed's build looks for it. DS_BUILD_OPS=0: its operators are compiled when first used, or never.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt torch==2.13.0
+	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt -e '.[cpu,dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/oppu demo
+
+test: $(READY)
+	$(BIN)/pytest -q
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m jobs.bench_train

@@ -1,0 +1,351 @@
+"""Training speed against the alternatives, on the same users, steps and starting weights, each in its own process.
+
+    python -m jobs.bench_train jobs/configs/movie_tagging.yaml data.path=users.jsonl.gz --users 32 --steps 2 --repeats 3
+
+Systems: `peft_sequential` (HF PEFT user by user, as the paper's loop; `bookkeeping_s` apart), `peft_mixed` (one PEFT
+model with all adapters, `adapter_names` per row, eval mode), `ours_unshared` (no prefix sharing), `ours`, and
+`ours_one_user` (for memory). The floor is 4 P FLOP per useful token, P the parameters in matrix products, at the best
+matrix product that this machine reaches in the same run. Useful tokens count what a user's step shares once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+SYSTEMS = ("peft_sequential", "peft_mixed", "ours_unshared", "ours", "ours_one_user")
+MIXED_ROWS = 32
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--users", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/train.json"))
+    parser.add_argument("--run", nargs=2, metavar=("SYSTEM", "WORK"), help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args()
+    if options.run:
+        print(json.dumps(run_system(options.run[0], json.loads(Path(options.run[1]).read_text()))))
+        return 0
+    return compare(options)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Make the work file, run every system in turn `repeats` times, print medians and ratios."""
+    from oppu_ray.config import load_config
+    from oppu_ray.files import write_atomic
+    from oppu_ray.stages import hardware
+
+    config = load_config(options.config, [*options.overrides, f"base.device={options.device}"])
+    runs: dict[str, list[dict[str, Any]]] = {system: [] for system in options.systems}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / "work.json"
+        work.write_text(json.dumps(make_work(config, options.users, options.steps)))
+        for repeat in range(options.repeats):
+            for system in options.systems:
+                command = [sys.executable, "-m", "jobs.bench_train", str(options.config), "--run", system, str(work)]
+                answer = subprocess.run(command, check=True, capture_output=True, text=True)
+                runs[system].append(json.loads(answer.stdout.splitlines()[-1]))
+                print(f"{repeat + 1}/{options.repeats} {system}: {runs[system][-1]['elapsed_s']:.1f} s", flush=True)
+    flops = best_product(options.device)
+    rows = {system: summarise_runs(results) for system, results in runs.items()}
+    some = next(iter(rows.values()))
+    floor = flops / (4 * some["num_matrix_parameters"])
+    for row in rows.values():
+        row["floor_share"] = row["useful_tokens_per_s"] / floor
+    result = {
+        "command": "bench train",
+        "config": {"file": str(options.config), "users": options.users, "steps": options.steps},
+        "hardware": hardware(),
+        "best_product_flops": flops,
+        "floor_tokens_per_s": floor,
+        "rows": rows,
+        "ratios": ratios(rows),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.out, json.dumps(result, indent=1).encode())
+    print(table(result))
+    return 0
+
+
+def make_work(config: Any, num_users: int, num_steps: int) -> dict[str, Any]:
+    """The most active targets' first steps, tokenised, and what each system needs to train them."""
+    from oppu_ray.base_model import load_base, prepare_base
+    from oppu_ray.config import to_dict
+    from oppu_ray.history import load_histories
+    from oppu_ray.packing import plan_user
+    from oppu_ray.workers import encode_user, user_seed
+
+    users, _ = load_histories(config.data, config.task, config.seed)
+    chosen = sorted((u for u in users if u.role == "target"), key=lambda u: (-len(u.items), u.user_id))[:num_users]
+    base = load_base(config.base)
+    works = []
+    for user in chosen:
+        seed = user_seed(config.seed, user.user_id)
+        planned = plan_user(user.user_id, seed, encode_user(config, user, base), config.personal)
+        steps = [[[list(e.input_ids), e.num_prompt] for e in step] for step in planned.steps[:num_steps]]
+        works.append({"user_id": user.user_id, "seed": seed, "steps": steps})
+    return {"config": to_dict(config), "base": str(prepare_base(config.base)), "users": works}
+
+
+def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
+    """One system in this process: seconds of training alone, last losses, tokens, peak bytes."""
+    import torch
+
+    from oppu_ray.base_model import load_base
+    from oppu_ray.config import from_dict
+    from oppu_ray.core import Example, UserWork
+    from oppu_ray.kernels import fuse, keep_freed_memory
+    from oppu_ray.packing import make_rows
+
+    keep_freed_memory()
+    config = from_dict(work["config"])
+    users = [
+        UserWork(
+            user["user_id"],
+            user["seed"],
+            config.personal.peft,
+            tuple(tuple(Example(tuple(ids), num) for ids, num in step) for step in user["steps"]),
+        )
+        for user in work["users"][: 1 if system == "ours_one_user" else None]
+    ]
+    base = load_base(config.base, Path(work["base"]))
+    if system.startswith("ours"):
+        fuse(base.model)
+    train = {"peft_sequential": peft_sequential, "peft_mixed": peft_mixed}.get(system, ours)
+    warm = [UserWork(u.user_id, u.seed, u.peft, (u.steps[0][:4],)) for u in users[:2]]
+    train(system, base.model, warm, config.personal)  # compiles, and touches every weight once
+    started = time.perf_counter()
+    losses, bookkeeping_s = train(system, base.model, users, config.personal)
+    elapsed = time.perf_counter() - started
+    useful = sum(row.num_tokens for u in users for step in u.steps for row in make_rows(0, step, 10**9))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if config.base.device != "cpu":
+        peak = torch.cuda.max_memory_allocated()
+    linears = [m for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and "lora" not in n]
+    return {
+        "elapsed_s": elapsed,
+        "bookkeeping_s": bookkeeping_s,
+        "num_users": len(users),
+        "losses": losses,
+        "num_useful_tokens": useful,
+        "num_user_steps": sum(len(u.steps) for u in users),
+        "peak_bytes": peak,
+        "num_matrix_parameters": sum(linear.weight.numel() for linear in linears),
+    }
+
+
+def ours(system: str, model: Any, users: Sequence[Any], config: Any) -> tuple[dict[str, float], float]:
+    from dataclasses import replace
+
+    from oppu_ray.training import train_pack
+
+    results = train_pack(model, users, replace(config, share_prefix=system != "ours_unshared"))
+    return {result.user_id: result.losses[-1] for result in results}, 0.0
+
+
+def peft_sequential(system: str, model: Any, users: Sequence[Any], config: Any) -> tuple[dict[str, float], float]:
+    """The paper's loop: attach a fresh adapter, train, detach; attaching is counted as bookkeeping."""
+    losses, bookkeeping_s = {}, 0.0
+    for user in users:
+        started = time.perf_counter()
+        wrapped = attach(model, [user])
+        bookkeeping_s += time.perf_counter() - started
+        optimizers = {user.user_id: optimizer(wrapped, config)}
+        for step, examples in enumerate(user.steps):
+            loss = row_losses(wrapped, examples).sum() / sum(e.num_completion for e in examples)
+            loss.backward()
+            update(optimizers[user.user_id], config, step, len(user.steps))
+            losses[user.user_id] = loss.item()
+        started = time.perf_counter()
+        wrapped.unload()
+        bookkeeping_s += time.perf_counter() - started
+    return losses, bookkeeping_s
+
+
+def peft_mixed(system: str, model: Any, users: Sequence[Any], config: Any) -> tuple[dict[str, float], float]:
+    """All adapters in one PEFT model; batches of 32 rows of similar length name their adapters row by row."""
+    started = time.perf_counter()
+    wrapped = attach(model, users)
+    wrapped.eval()
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    optimizers = {u.user_id: optimizer(wrapped, config, f"u{i}") for i, u in enumerate(users)}
+    bookkeeping_s = time.perf_counter() - started
+    losses: dict[str, float] = {}
+    for step in range(max(len(user.steps) for user in users)):
+        rows = [(i, e) for i, user in enumerate(users) if step < len(user.steps) for e in user.steps[step]]
+        totals = {i: sum(e.num_completion for e in users[i].steps[step]) for i, _ in rows}
+        sums = dict.fromkeys(totals, 0.0)
+        rows.sort(key=lambda row: len(row[1].input_ids))
+        for start in range(0, len(rows), MIXED_ROWS):
+            part = rows[start : start + MIXED_ROWS]
+            values = row_losses(wrapped, [e for _, e in part], [f"u{i}" for i, _ in part])
+            sum(value / totals[i] for (i, _), value in zip(part, values, strict=True)).backward()  # type: ignore[union-attr]
+            for (i, _), value in zip(part, values.tolist(), strict=True):
+                sums[i] += value / totals[i]
+        for i in totals:
+            update(optimizers[users[i].user_id], config, step, len(users[i].steps))
+            losses[users[i].user_id] = sums[i]
+    started = time.perf_counter()
+    wrapped.unload()
+    return losses, bookkeeping_s + time.perf_counter() - started
+
+
+def attach(model: Any, users: Sequence[Any]) -> Any:
+    """PEFT adapters with the very starting weights that our bank gives these users."""
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    from oppu_ray.adapters import AdapterBank, peft_dict
+
+    states = []
+    for user in users:
+        bank = AdapterBank(model, 1, [user.peft], trainable=False)
+        bank.start(0, user.peft, user.seed)
+        states.append(bank.export(0))
+        bank.remove()
+    shape = {key: value for key, value in peft_dict(users[0].peft).items() if key != "peft_type"}
+    wrapped = get_peft_model(model, LoraConfig(**shape, task_type="CAUSAL_LM"), adapter_name="u0")
+    for i in range(1, len(users)):
+        wrapped.add_adapter(f"u{i}", LoraConfig(**shape, task_type="CAUSAL_LM"))
+    for i, state in enumerate(states):
+        tensors = {key: torch.from_numpy(value) for key, value in state.tensors.items()}
+        set_peft_model_state_dict(wrapped, tensors, adapter_name=f"u{i}")
+    return wrapped
+
+
+def optimizer(wrapped: Any, config: Any, adapter: str = "u0") -> Any:
+    import torch
+
+    mine = [p for name, p in wrapped.named_parameters() if "lora_" in name and f".{adapter}." in name]
+    return torch.optim.AdamW(mine, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def update(adam: Any, config: Any, step: int, num_steps: int) -> None:
+    import torch
+
+    from oppu_ray.training import learning_rate
+
+    for group in adam.param_groups:
+        group["lr"] = learning_rate(config, step, num_steps)
+        torch.nn.utils.clip_grad_norm_(group["params"], config.clip_norm)
+    adam.step()
+    adam.zero_grad()
+
+
+def row_losses(wrapped: Any, examples: Sequence[Any], names: list[str] | None = None) -> Any:
+    """Summed completion losses per row of one padded batch, as a Hugging Face loop computes them."""
+    import torch
+
+    longest = max(len(e.input_ids) for e in examples)
+    device = wrapped.device
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, e in enumerate(examples):
+        ids[row, : len(e.input_ids)] = torch.tensor(e.input_ids)
+        labels[row, e.num_prompt : len(e.input_ids)] = torch.tensor(e.input_ids[e.num_prompt :])
+    mask = torch.tensor([[i < len(e.input_ids) for i in range(longest)] for e in examples])
+    extra = {"adapter_names": names} if names else {}
+    logits = wrapped(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False, **extra).logits
+    flat = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(device), reduction="none"
+    )
+    return flat.view(len(examples), -1).sum(1)
+
+
+def best_product(device: str) -> float:
+    """Best FLOP/s over a few bf16 matrix products, each the median of 20."""
+    import torch
+
+    from oppu_ray.kernels import keep_freed_memory
+
+    keep_freed_memory()
+    best = 0.0
+    for rows, width, out in ((2048, 576, 576), (4096, 576, 1536), (4096, 1536, 576), (4096, 2048, 2048)):
+        x, w = (torch.randn(*s, device=device).bfloat16() for s in ((rows, width), (out, width)))
+        seconds = _median_seconds(functools.partial(torch.nn.functional.linear, x, w))
+        best = max(best, 2 * rows * width * out / seconds)
+    return best
+
+
+def _median_seconds(function: Callable[[], Any]) -> float:
+    import torch
+
+    seconds = []
+    for _ in range(23):
+        started = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[3:])
+
+
+def summarise_runs(results: list[dict[str, Any]]) -> dict[str, Any]:
+    elapsed = statistics.median(result["elapsed_s"] for result in results)
+    bookkeeping = statistics.median(result["bookkeeping_s"] for result in results)
+    first = results[0]
+    return {
+        "elapsed_s": elapsed,
+        "bookkeeping_s": bookkeeping,
+        "users_per_hour": 3600 * first["num_users"] / elapsed,
+        "users_per_hour_no_bookkeeping": 3600 * first["num_users"] / (elapsed - bookkeeping),
+        "useful_tokens_per_s": first["num_useful_tokens"] / elapsed,
+        "tokens_per_user_step": first["num_useful_tokens"] / first["num_user_steps"],
+        "peak_bytes": max(result["peak_bytes"] for result in results),
+        "last_loss": statistics.fmean(first["losses"].values()),
+        "losses": first["losses"],
+        "num_matrix_parameters": first["num_matrix_parameters"],
+    }
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    ours_rate = rows["ours"]["users_per_hour"] if "ours" in rows else 0.0
+    if "peft_sequential" in rows:
+        found["ours_vs_peft_sequential"] = ours_rate / rows["peft_sequential"]["users_per_hour_no_bookkeeping"]
+        theirs = rows["peft_sequential"]["losses"]
+        found["largest_loss_difference"] = max(
+            abs(rows["ours"]["losses"][user] - loss) for user, loss in theirs.items()
+        )
+    for peer in ("peft_mixed", "ours_unshared"):
+        if peer in rows:
+            found[f"ours_vs_{peer}"] = ours_rate / rows[peer]["users_per_hour_no_bookkeeping"]
+    if "ours_one_user" in rows:
+        found["memory_vs_one_user"] = rows["ours"]["peak_bytes"] / rows["ours_one_user"]["peak_bytes"]
+    found["floor_share"] = rows["ours"]["floor_share"] if "ours" in rows else 0.0
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'system':<18}{'users/hour':>11}{'tokens/s':>10}{'of floor':>10}{'peak GB':>9}{'last loss':>11}"]
+    for system, row in result["rows"].items():
+        lines.append(
+            f"{system:<18}{row['users_per_hour']:>11.0f}{row['useful_tokens_per_s']:>10.0f}{row['floor_share']:>10.0%}"
+            f"{row['peak_bytes'] / 1e9:>9.2f}{row['last_loss']:>11.4f}"
+        )
+    tokens = next(iter(result["rows"].values()))["tokens_per_user_step"]
+    lines.append(f"{tokens:.0f} useful tokens per user-step; floor {result['floor_tokens_per_s']:.0f} tokens/s")
+    return "\n".join([*lines, *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""What holds for every test: no network for Hugging Face, few threads, a Ray without a token, and a home of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_HOME = Path.home()
+# Before anything reads the environment. What is dear to make stays in the user's own home: bases, wheels, operators.
+os.environ.setdefault("OPPU_HOME", str(_HOME / ".cache" / "oppu-ray"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_HOME / ".cache" / "torch_extensions"))
+os.environ.setdefault("XDG_CONFIG_HOME", str(_HOME / ".config"))  # pip's own settings: its index, its certificates
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    RAY_AUTH_MODE="disabled",  # else `ray.init` writes a token into the home
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+)
+_own_home = tempfile.TemporaryDirectory(prefix="oppu-test-home-")
+os.environ["HOME"] = _own_home.name
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[Path]:
+    """A Ray of two CPUs on this machine, for one test file, and the folder of its logs; its workers find `oppu_ray`."""
+    import ray
+
+    here = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(here.parent), str(here)])
+    with tempfile.TemporaryDirectory(prefix="oppu-ray-", dir="/tmp") as folder:  # a socket's path must be short
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=80 * 2**20,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            _temp_dir=folder,
+        )
+        yield Path(folder)
+        ray.shutdown()

@@ -1,0 +1,116 @@
+"""Fused kernels compute what the model's own code computes, forwards and backwards, or are not put in."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from reference import IA3, LORA, difference, make_user, random_examples, tiny_model, train, train_alone, trained
+from tiny import ARCHITECTURES, tiny_config
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from oppu_ray.kernels import fuse, token_loss_gradient, token_losses
+
+IDS = torch.tensor([[7, 90, 15, 231, 4, 4, 68, 120, 33, 5, 19]])
+
+
+@pytest.fixture(autouse=True)
+def own_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fuse` replaces a function in the model's source file, for the whole process: put it back after each test."""
+    for architecture in ARCHITECTURES:
+        source = sys.modules[type(tiny_model(architecture)).__module__]
+        monkeypatch.setattr(source, "apply_rotary_pos_emb", _rotary_by_complex_numbers)
+
+
+def _rotary_by_complex_numbers(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Features i and i + half are one complex number, turned by the position's angle."""
+    turn = torch.complex(cos.float(), sin.float()).unsqueeze(unsqueeze_dim)
+    half = turn.shape[-1] // 2
+
+    def rotate(x: Tensor) -> Tensor:
+        number = torch.complex(x[..., :half].float(), x[..., half:].float())
+        return torch.cat(((number * turn[..., :half]).real, (number * turn[..., half:]).imag), -1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def logits_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Logits of a text, and the gradient of their weighted sum with respect to its embeddings."""
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds).logits
+    towards = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.dtype)
+    (gradient,) = torch.autograd.grad((logits * towards).sum(), embeds)
+    return logits.detach(), gradient
+
+
+@pytest.mark.parametrize(("architecture", "num_fused"), [("llama", 5 + 2), ("qwen3", 9 + 2), ("gemma3", 13)])
+def test_a_fused_model_is_the_same_function(architecture: str, num_fused: int) -> None:
+    model = tiny_model(architecture)
+    expected = logits_and_gradient(model)
+    assert fuse(model) == num_fused  # every norm, and the MLPs where they are gated by SiLU
+    for found, wanted in zip(logits_and_gradient(model), expected, strict=True):
+        assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_the_rotary_embedding_is_replaced_and_agrees() -> None:
+    model = tiny_model()
+    source = sys.modules[type(model).__module__]
+    fuse(model)
+    fused_rotary = source.apply_rotary_pos_emb
+    assert fused_rotary is not _rotary_by_complex_numbers
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 8, generator=draw).requires_grad_() for heads in (4, 2))
+    angles = torch.rand(1, 5, 4, generator=draw).repeat(1, 1, 2)
+    results = [rotary(q, k, angles.cos(), angles.sin()) for rotary in (fused_rotary, _rotary_by_complex_numbers)]
+    towards = [torch.randn(x.shape, generator=draw) for x in results[0]]
+    gradients = [torch.autograd.grad(result, (q, k), towards) for result in results]
+    for found, wanted in zip(results[0] + gradients[0], results[1] + gradients[1], strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_module_that_computes_something_else_stays_as_it_is() -> None:
+    config = tiny_config()
+    config.hidden_act = "relu"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = logits_and_gradient(model)
+    assert fuse(model) == 5  # the norms; no MLP
+    for found, wanted in zip(logits_and_gradient(model), expected, strict=True):
+        assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_a_fused_model_trains_like_peft_on_a_plain_one() -> None:
+    users = [make_user(0, LORA, random_examples(0, 5)), make_user(1, IA3, random_examples(1, 5))]
+    expected = [train_alone(user) for user in users]
+    model = tiny_model()
+    fuse(model)
+    results = train(model, users)
+    for user, (adapter, losses) in zip(users, expected, strict=True):
+        assert difference(trained(results, user), adapter) < 1e-5
+        assert results[user.user_id].losses == pytest.approx(losses, abs=1e-5)
+
+
+def test_a_fused_model_in_bfloat16_stays_close_to_float32() -> None:
+    exact = logits_and_gradient(tiny_model())
+    model = tiny_model(dtype=torch.bfloat16)
+    assert fuse(model) == 7
+    for found, wanted in zip(logits_and_gradient(model), exact, strict=True):
+        assert (found.float() - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_token_losses_and_their_gradient_are_autograds(softcap: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(6, 50, generator=draw) * 4).requires_grad_()
+    targets, weights = torch.randint(50, (6,), generator=draw), torch.rand(6, generator=draw)
+    capped = torch.tanh(logits / softcap) * softcap if softcap else logits
+    expected = cross_entropy(capped, targets, reduction="none")
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), logits)
+    torch.testing.assert_close(token_losses(logits.detach(), targets, softcap), expected.detach())
+    found = token_loss_gradient(logits.detach(), targets, weights, softcap)
+    torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)

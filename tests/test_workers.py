@@ -1,0 +1,184 @@
+"""The worker without Ray: what it commits, what it yields, what it does a second time, and whose adapter answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from line_tools import chat_user, oppu, tagging_user, write_config, write_users
+from tiny import tiny_base
+from vault_tools import same
+
+from oppu_ray import workers
+from oppu_ray.base_model import Base, fingerprint_model
+from oppu_ray.config import Config, load_config, to_dict
+from oppu_ray.core import AdapterState, Example, Prediction, UserHistory
+from oppu_ray.vault import Manifest
+from oppu_ray.workers import Worker, _RayWorker, run_units, user_seed
+
+USERS = ("user-0", "user-1", "user-2")
+
+
+@pytest.fixture(scope="module")
+def tagging(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """A prepared run of three users without a task adapter: its config and its base's folder."""
+    folder = tmp_path_factory.mktemp("workers")
+    base = tiny_base(folder / "base")
+    path = write_config(folder, base, write_users(folder / "users.jsonl", [tagging_user(i) for i in range(3)]))
+    oppu("prepare", path)
+    return load_config(path), base
+
+
+@pytest.fixture
+def worker_of(tagging: tuple[Config, Path], tmp_path: Path) -> Callable[[str], Worker]:
+    """Makes workers of one run each, with a vault per test."""
+    config, base = tagging
+    (tmp_path / "prepare").symlink_to(Path(config.run_dir) / "prepare")
+    return lambda run_id: Worker(replace(config, run_dir=str(tmp_path)), base, run_id)
+
+
+def adapter(worker: Worker, user_id: str) -> tuple[AdapterState, Manifest]:
+    version = worker.vault.registry.unit_version(worker.run_id, worker.vault.user_hash(user_id))
+    return worker.vault.load(user_id, version, base_fingerprint=None)
+
+
+def test_a_seed_is_of_the_run_and_the_user_and_the_same_everywhere() -> None:
+    assert user_seed(0, "ann") == 89092956587989
+    assert len({user_seed(seed, user_id) for seed in (0, 1) for user_id in ("ann", "bob", "1\nann")}) == 6
+
+
+def test_training_commits_each_user_with_their_lineage(worker_of: Callable[[str], Worker]) -> None:
+    worker = worker_of("run-1")
+    before = fingerprint_model(worker._base(worker.task_base_path).model)
+    done = {one.user_id: one for one in worker.train(USERS)}
+    assert set(done) == set(USERS)
+    for user_id, one in done.items():
+        state, manifest = adapter(worker, user_id)
+        assert (one.version, one.error, one.num_steps) == (manifest.version, None, 2)
+        assert one.num_tokens > 0 and one.first_loss > 0
+        assert manifest.item_ids == tuple(f"u{user_id[-1]}-{i}" for i in range(3))  # the past, not the two queries
+        assert (manifest.run_id, manifest.seed) == ("run-1", user_seed(0, user_id))
+        assert manifest.base_fingerprint == before and manifest.recipe == json.loads(
+            json.dumps(to_dict(worker.config.personal))
+        )
+        assert manifest.metrics == {"first_loss": one.first_loss, "last_loss": one.last_loss}
+        assert state.peft_config["base_model_name_or_path"] == str(worker.task_base_path)
+    assert fingerprint_model(worker._base(worker.task_base_path).model) == before
+
+
+def test_a_user_after_others_is_the_user_alone(worker_of: Callable[[str], Worker]) -> None:
+    busy, fresh = worker_of("busy"), worker_of("fresh")
+    for unit in (("user-0",), ("user-2",), ("user-1",)):
+        list(busy.train(unit))
+    list(fresh.train(("user-1",)))
+    assert same(adapter(busy, "user-1")[0], adapter(fresh, "user-1")[0])
+    assert not same(adapter(busy, "user-1")[0], adapter(busy, "user-0")[0])
+
+
+def test_what_is_committed_is_not_trained_again(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {one.user_id: one.version for one in worker_of("run").train(USERS)}
+    monkeypatch.setattr(workers, "train_pack", None)
+    worker = worker_of("run")
+    again = list(worker.train(USERS))
+    assert [(one.user_id, one.version, one.error, one.num_tokens) for one in again] == [
+        (u, None, None, 0) for u in USERS
+    ]
+    assert {user_id: adapter(worker, user_id)[1].version for user_id in USERS} == first
+
+
+def test_a_pack_cut_short_is_trained_as_a_whole_to_the_same_bits(worker_of: Callable[[str], Worker]) -> None:
+    whole, cut = worker_of("whole"), worker_of("cut")
+    list(whole.train(USERS))
+    started = cut.train(USERS)
+    first = next(started)
+    started.close()  # type: ignore[attr-defined]
+    assert cut.vault.done("cut", USERS) == {first.user_id}
+    resumed = worker_of("cut")
+    assert {one.user_id: one.error for one in resumed.train(USERS)} == dict.fromkeys(USERS)
+    assert adapter(resumed, first.user_id)[1].version == first.version
+    for user_id in USERS:
+        assert same(adapter(resumed, user_id)[0], adapter(whole, user_id)[0])
+
+
+def test_a_bad_user_fails_alone_and_is_named(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_user = workers.encode_user
+
+    def encode(config: Config, user: UserHistory, base: Base) -> list[Example]:
+        if user.user_id == "user-1":
+            raise ValueError("item 'u1-0': the completion is empty")
+        return encode_user(config, user, base)
+
+    monkeypatch.setattr(workers, "encode_user", encode)
+    worker = worker_of("run")
+    done = {one.user_id: one for one in worker.train(USERS)}
+    assert done["user-1"].error == "user 'user-1': item 'u1-0': the completion is empty"
+    assert done["user-1"].version is None and done["user-0"].error is done["user-2"].error is None
+    assert worker.vault.done("run", USERS) == {"user-0", "user-2"}
+    assert [one.user_id for one in worker.train(("user-1",))] == ["user-1"]
+    monkeypatch.setattr(workers, "train_pack", None)  # and the others are not trained again because of them
+    assert {one.user_id: bool(one.error) for one in worker.train(USERS)} == {
+        "user-0": False,
+        "user-1": True,
+        "user-2": False,
+    }
+
+
+def texts(predictions: list[Prediction]) -> list[tuple[str, str, str, float | None]]:
+    return [(one.user_id, one.query_id, one.text, one.nll) for one in predictions]
+
+
+def test_each_arm_answers_with_whose_adapter_it_says(worker_of: Callable[[str], Worker]) -> None:
+    worker = worker_of("run")
+    with pytest.raises(ValueError, match="user 'user-0': run run has committed no adapter; run `train` first"):
+        list(worker.answer(USERS, "oppu"))
+    list(worker.train(USERS))
+    task, oppu_arm = list(worker.answer(USERS, "task")), list(worker.answer(USERS, "oppu"))
+    assert [(one.user_id, one.query_id) for one in oppu_arm] == [(u, f"u{u[-1]}-{i}") for u in USERS for i in (3, 4)]
+    assert {one.arm for one in oppu_arm} == {"oppu"} and [one.nll for one in task] != [one.nll for one in oppu_arm]
+    assert texts(list(worker.answer(USERS, "swapped", USERS))) == texts(oppu_arm)
+    swapped = list(worker.answer(USERS, "swapped", ("user-1", "user-2", "user-0")))
+    assert all(a.nll != b.nll for a, b in zip(swapped, oppu_arm, strict=True))
+    assert texts(list(worker.answer(USERS, "base"))) == texts(task)  # there is no task adapter in this run
+
+
+def test_a_run_answers_with_its_own_adapters_whatever_is_current(worker_of: Callable[[str], Worker]) -> None:
+    first, second = worker_of("first"), worker_of("second")
+    second.config = replace(second.config, seed=7)
+    list(first.train(("user-0",)))
+    before = texts(list(first.answer(("user-0",), "oppu")))
+    list(second.train(("user-0",)))
+    assert texts(list(first.answer(("user-0",), "oppu"))) == before
+    assert texts(list(second.answer(("user-0",), "oppu"))) != before
+
+
+def test_the_actor_is_the_worker_and_takes_what_ray_sends(tmp_path: Path, tagging: tuple[Config, Path]) -> None:
+    config, base = tagging
+    (tmp_path / "prepare").symlink_to(Path(config.run_dir) / "prepare")
+    config = replace(config, run_dir=str(tmp_path))
+    inline = {one.user_id: replace(one, version=None) for one in run_units(config, base, "a", "train", [(USERS,)])}
+    actor = _RayWorker(json.loads(json.dumps(to_dict(config))), str(base), "b")
+    stream = actor.run("train", (USERS,))
+    done = [next(stream), stream.send("anything"), *stream]  # type: ignore[attr-defined]
+    assert {one.user_id: replace(one, version=None) for one in done} == inline
+    answers = actor.run("answer", (USERS, "task"))
+    assert next(answers).query_id == "u0-3" and answers.send("anything").query_id == "u0-4"  # type: ignore[attr-defined]
+
+
+def test_inline_units_run_in_order_and_report_progress(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    path = write_config(
+        tmp_path, base, write_users(tmp_path / "u.jsonl", [chat_user(i) for i in range(3)]), "chat_reply"
+    )
+    oppu("prepare", path)
+    config, tokens = load_config(path), []
+    units = [(("user-2", "user-0"),), (("user-1",),)]
+    done = list(run_units(config, base, "run", "train", units, progress=lambda count, _: tokens.append(count)))
+    assert {one.user_id for one in done[:2]} == {"user-0", "user-2"} and done[2].user_id == "user-1"
+    assert sum(tokens) == sum(one.num_tokens for one in done)
