@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. personal.epochs=5")
     demo = commands.add_parser("demo", help="the whole line on embedded real chats")
     demo.add_argument("overrides", nargs="*", metavar="key=value")
+    bench = commands.add_parser("bench", help="training speed against the alternatives (from a checkout)")
+    bench.add_argument("what", choices=["train"])
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="see python -m jobs.bench_train --help")
     commands.add_parser("doctor", help="what is installed, what is missing, how to get it")
     options = parser.parse_args(arguments)
     try:
+        if options.command == "bench":
+            return subprocess.call([sys.executable, "-m", "jobs.bench_train", *options.rest], cwd=DEMO.parents[2])
         if options.command == "doctor":
             return _doctor()
         if options.command == "demo":

@@ -92,14 +92,21 @@ def plan_user(user_id: str, seed: int, examples: Sequence[Example], config: Trai
 
 
 def plan_packs(users: Iterable[UserSize], config: TrainConfig) -> list[Pack]:
-    """Users of similar size together, largest first; the same users give the same packs in any order of arrival."""
+    """Users of similar size together, largest first; the same users give the same packs in any order of arrival.
+
+    Nobody in a pack has fewer than half the steps of its largest user: one long history would keep a worker on
+    passes of a single row, and the other users' adapters in memory.
+    """
 
     def steps(user: UserSize) -> int:
         return config.epochs * -(-user.num_items // config.items_per_step)
 
     ordered = sorted(users, key=lambda user: (-steps(user), -user.num_words, user.user_id))
-    size = config.max_users_per_pack
-    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    parts: list[list[UserSize]] = []
+    for user in ordered:
+        if not parts or len(parts[-1]) == config.max_users_per_pack or 2 * steps(user) < steps(parts[-1][0]):
+            parts.append([])
+        parts[-1].append(user)
     return [
         Pack(number, tuple(user.user_id for user in part), sum(user.num_words for user in part))
         for number, part in enumerate(parts)

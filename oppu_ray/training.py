@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import TrainConfig
 from oppu_ray.core import Example, TrainResult, UserWork
-from oppu_ray.kernels import token_loss_gradient, token_losses
+from oppu_ray.kernels import return_freed_memory, token_loss_gradient, token_losses
 from oppu_ray.packing import Stream, build_stream, make_rows, plan_passes, virtual_tokens
 
 HEAD_CHUNK = 256
@@ -56,6 +56,7 @@ def train_pack(
         if config.gradient_checkpointing:
             model.activation_checkpointing_disable()  # type: ignore[operator]
         model.train(was_training)
+        return_freed_memory()
 
 
 def _train(

@@ -140,12 +140,16 @@ def test_packs_do_not_depend_on_the_order_of_arrival(users: list[UserSize], draw
     packs = plan_packs(users, config)
     assert packs == plan_packs(draw.sample(users, len(users)), config)
     assert sorted(user for pack in packs for user in pack.user_ids) == sorted(user.user_id for user in users)
-    assert all(len(pack.user_ids) == 4 for pack in packs[:-1])
     words = {user.user_id: user.num_words for user in users}
     assert all(pack.num_words == sum(words[user] for user in pack.user_ids) for pack in packs)
     steps = {user.user_id: -(-user.num_items // 16) for user in users}
     lengths = [steps[user] for pack in packs for user in pack.user_ids]
     assert lengths == sorted(lengths, reverse=True)
+    for pack, after in zip(packs, [*packs[1:], None], strict=True):
+        longest = steps[pack.user_ids[0]]
+        assert len(pack.user_ids) <= 4 and all(2 * steps[user] >= longest for user in pack.user_ids)
+        if after:  # a pack ends only because it is full or the next user is too small for it
+            assert len(pack.user_ids) == 4 or 2 * steps[after.user_ids[0]] < longest
 
 
 @given(st.lists(st.integers(1, 5000), max_size=30), st.integers(1, 6), st.randoms(use_true_random=False))
