@@ -156,11 +156,16 @@ def evaluate(config: Config) -> dict[str, Any]:
         if not user_ids:
             raise ValueError(f"run {run_id} has no trained user in {_folder(config, 'vault')}: run `train` first")
         evaluation_id = _digest(run_id, to_dict(config)["evaluate"], user_ids)
-        arms = [arm for arm in config.evaluate.arms if task.labels or arm not in HEURISTIC_ARMS]
+        arms = [
+            arm
+            for arm in config.evaluate.arms
+            if (task.labels or arm not in HEURISTIC_ARMS) and (arm != "swapped" or len(user_ids) > 1)
+        ]
         num_queries = {user_id: index.entries[user_id].size.num_queries for user_id in user_ids}
         predictions = _resume_predictions(folder / "predictions.jsonl", evaluation_id, num_queries)
         seen = {(prediction.arm, prediction.user_id) for prediction in predictions}
         left = {arm: [user_id for user_id in user_ids if (arm, user_id) not in seen] for arm in arms}
+        (folder / "predictions.jsonl").touch(mode=0o600)
         total = sum(num_queries[user_id] for users in left.values() for user_id in users)
         with (
             (folder / "predictions.jsonl").open("a", encoding="utf-8", buffering=1) as file,
