@@ -30,7 +30,7 @@ MIXED_ROWS = 32
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="?", default=Path("jobs/configs/demo.yaml"))
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2)
