@@ -44,3 +44,12 @@ def ray_session() -> Iterator[Path]:
         )
         yield Path(folder)
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server of this session's own."""
+    from vault_tools import postgres_server
+
+    with postgres_server() as url:
+        yield url

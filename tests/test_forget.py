@@ -18,7 +18,6 @@ from vault_tools import (
     make_items,
     make_manifest,
     memory_folder,
-    postgres_server,
     same,
     tree,
 )
@@ -36,12 +35,6 @@ CANARIES = ("alice", "canary été 1", "canary été 2", "profile canary")
 def tmp_path() -> Iterator[Path]:
     with memory_folder() as folder:
         yield folder
-
-
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
 
 
 @pytest.fixture(params=["plain", "sealed", "postgresql"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from vault_tools import Clock, empty_postgres, memory_folder, postgres_server
+from vault_tools import Clock, empty_postgres, memory_folder
 
 from oppu_ray import registry as registry_module
 from oppu_ray.registry import Refused, Registry, RegistryError, Version
@@ -21,12 +21,6 @@ KEY = b"k" * 32
 def tmp_path() -> Iterator[Path]:
     with memory_folder() as folder:
         yield folder
-
-
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -27,7 +27,6 @@ from vault_tools import (
     make_items,
     make_manifest,
     memory_folder,
-    postgres_server,
     same,
     tree,
 )
@@ -45,12 +44,6 @@ KILL_ROUNDS = int(os.environ.get("OPPU_KILL_ROUNDS", "12"))
 def tmp_path() -> Iterator[Path]:
     with memory_folder() as folder:
         yield folder
-
-
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
 
 
 @pytest.fixture(params=["plain", "sealed", "postgresql"])
