@@ -272,15 +272,6 @@ def _sum_prefix(grad: Tensor, group: Group) -> Tensor:
     return rows.view(-1, heads, width)[group.padded_R]
 
 
-def _real_queries(plan: SegmentPlan, num_tokens: int) -> list[Tensor]:
-    """Per group [N, L]: True where the query is a token and not padding."""
-    total = sum(group.query_NL.numel() for group in plan.groups)
-    real = torch.zeros(total, dtype=torch.bool, device=plan.source_T.device)
-    real[plan.source_T[:num_tokens]] = True
-    parts = real.split([group.query_NL.numel() for group in plan.groups])
-    return [part.view_as(group.query_NL) for part, group in zip(parts, plan.groups, strict=True)]
-
-
 def _gather(x_THD: Tensor, index_NL: Tensor, key_heads: int) -> Tensor:
     """[T, H, D] -> [N, key heads, H / key heads * L, D]."""
     num, length = index_NL.shape

@@ -71,7 +71,7 @@ def answer_users(
         requests = [
             Request(str(i), prompt, name, num_new) for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
         ]
-        answers = engine.generate(requests, stop_ids(base), progress) if requests else []
+        answers = engine.generate(requests, stop_ids(base), progress)
         golds = [target_text(task, query) for _, query in queries]
         scored = []
         for prompt, gold, name in zip(prompts, golds, names, strict=True):
