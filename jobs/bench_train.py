@@ -111,8 +111,9 @@ def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
     from oppu_ray.base_model import load_base
     from oppu_ray.config import from_dict
     from oppu_ray.core import Example, UserWork
-    from oppu_ray.kernels import fuse, keep_freed_memory
+    from oppu_ray.kernels import keep_freed_memory
     from oppu_ray.packing import make_rows
+    from oppu_ray.workers import open_base
 
     keep_freed_memory()
     config = from_dict(work["config"])
@@ -125,9 +126,8 @@ def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
         )
         for user in work["users"][: 1 if system == "ours_one_user" else None]
     ]
-    base = load_base(config.base, Path(work["base"]))
-    if system.startswith("ours"):
-        fuse(base.model)
+    path = Path(work["base"])
+    base = open_base(config, path) if system.startswith("ours") else load_base(config.base, path)
     train = {"peft_sequential": peft_sequential, "peft_mixed": peft_mixed}.get(system, ours)
     warm = [UserWork(u.user_id, u.seed, u.peft, (u.steps[0][:4],)) for u in users[:2]]
     train(system, base.model, warm, config.personal)  # compiles, and touches every weight once

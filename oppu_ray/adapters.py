@@ -29,6 +29,7 @@ IA3_INPUT_TARGETS = ("down_proj",)
 PREFIX = "base_model.model."
 
 Ranges = Sequence[tuple[int, int, int]]
+Masks = Sequence[Tensor] | None
 
 
 class Stack:
@@ -79,65 +80,77 @@ class BankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bank = self.bank[0]
-        if self.scale is not None and self.scales_input and (ranges := bank.active("ia3")):
-            x = _Scale.apply(x, bank.anchor, self.scale, ranges)
+        lora, scales = self.active()
+        if scales and self.scales_input:
+            x = _Scale.apply(x, bank.anchor, self.scale, scales)
         y = self.base(x)
-        if self.a is not None and (ranges := bank.active("lora")):
-            masks = bank.dropout_masks(x, self.name) if self.training else None
-            y = _LoRA.apply(y, x, bank.anchor, self.a, self.b, bank.scaling_S, ranges, masks)
-        if self.scale is not None and not self.scales_input and (ranges := bank.active("ia3")):
-            y = _Scale.apply(y, bank.anchor, self.scale, ranges)
+        if lora:
+            masks = bank.dropout_masks(x, self.name, lora) if self.training else None
+            y = _LoRA.apply(y, x, bank.anchor, self, lora, masks)
+        if scales and not self.scales_input:
+            y = _Scale.apply(y, bank.anchor, self.scale, scales)
         return y
 
+    def active(self) -> tuple[Ranges, Ranges]:
+        """The ranges in use whose slot has a LoRA for this linear, and those whose slot has IA3 scales."""
+        bank, target = self.bank[0], self.name.rsplit(".", 1)[-1]
+        lora = bank.active("lora", target) if self.a is not None else ()
+        return lora, bank.active("ia3", target) if self.scale is not None else ()
 
-class _LoRA(torch.autograd.Function):
-    """y += scaling * (x A^T) B^T for each slot's tokens; gradients go straight into the stacks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        anchor: Tensor,
-        a: Stack,
-        b: Stack,
-        scaling_S: list[float],
-        ranges: Ranges,
-        masks: list[Tensor] | None,
-    ) -> Tensor:
-        y_TO, x_TI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    def add_lora(self, y_TO: Tensor, x_TI: Tensor, ranges: Ranges, masks: Masks) -> None:
+        """y += scaling * (x A^T) B^T for each slot's tokens, in place."""
+        a, b, scaling_S = self.a, self.b, self.bank[0].scaling_S
+        assert a is not None and b is not None
         uniform = _uniform(ranges, x_TI.shape[0]) if masks is None else None
         if uniform is not None:
             slots, num = uniform
             low = x_TI.view(len(ranges), num, -1) @ a.compute[slots].transpose(1, 2)
             low *= _column(scaling_S, ranges, low)
             y_TO.view(len(ranges), num, -1).baddbmm_(low, b.compute[slots].transpose(1, 2))
-        else:
-            for index, (slot, start, stop) in enumerate(ranges):
-                x_s = x_TI[start:stop] if masks is None else x_TI[start:stop] * masks[index]
-                y_TO[start:stop].addmm_(x_s @ a.compute[slot].T, b.compute[slot].T, alpha=scaling_S[slot])
+            return
+        for index, (slot, start, stop) in enumerate(ranges):
+            x_s = x_TI[start:stop] if masks is None else x_TI[start:stop] * masks[index]
+            y_TO[start:stop].addmm_(x_s @ a.compute[slot].T, b.compute[slot].T, alpha=scaling_S[slot])
+
+    def add_lora_gradient(self, grad_x_TI: Tensor, grad_TO: Tensor, x_TI: Tensor, ranges: Ranges, masks: Masks) -> None:
+        """Add the gradients of `add_lora`: of A and B to their stacks, of x to `grad_x_TI`, in place."""
+        a, b, scaling_S = self.a, self.b, self.bank[0].scaling_S
+        assert a is not None and b is not None and a.grad is not None and b.grad is not None
+        for index, (slot, start, stop) in enumerate(ranges):
+            mask = None if masks is None else masks[index]
+            x_s, grad_s = x_TI[start:stop], grad_TO[start:stop]
+            if mask is not None:
+                x_s = x_s * mask
+            low, low_grad = x_s @ a.compute[slot].T, grad_s @ b.compute[slot]
+            b.grad[slot].add_(grad_s.T @ low, alpha=scaling_S[slot])
+            a.grad[slot].add_(low_grad.T @ x_s, alpha=scaling_S[slot])
+            if mask is None:
+                grad_x_TI[start:stop].addmm_(low_grad, a.compute[slot], alpha=scaling_S[slot])
+            else:
+                grad_x_TI[start:stop] += (low_grad @ a.compute[slot]).mul_(scaling_S[slot]) * mask
+
+
+class _LoRA(torch.autograd.Function):
+    """`BankLinear.add_lora`; the adapters' gradients go straight into the stacks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, linear: BankLinear, ranges: Ranges, masks: Masks
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        linear.add_lora(y.view(-1, y.shape[-1]), x_TI, ranges, masks)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x_TI)
-        ctx.parts = a, b, scaling_S, ranges, masks
+        ctx.parts = linear, ranges, masks
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_TI,) = ctx.saved_tensors
-        a, b, scaling_S, ranges, masks = ctx.parts
-        grad_TO = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_x = torch.zeros_like(x_TI) if ranges_cover(ranges) < x_TI.shape[0] else torch.empty_like(x_TI)
-        for index, (slot, start, stop) in enumerate(ranges):
-            x_s, grad_s = x_TI[start:stop], grad_TO[start:stop]
-            if masks is not None:
-                x_s = x_s * masks[index]
-            low, low_grad = x_s @ a.compute[slot].T, grad_s @ b.compute[slot]
-            b.grad[slot].add_(grad_s.T @ low, alpha=scaling_S[slot])
-            a.grad[slot].add_(low_grad.T @ x_s, alpha=scaling_S[slot])
-            torch.mm(low_grad, a.compute[slot], out=grad_x[start:stop]).mul_(scaling_S[slot])
-            if masks is not None:
-                grad_x[start:stop] *= masks[index]
-        return grads[0], grad_x.view(*grads[0].shape[:-1], -1), None, None, None, None, None, None
+        linear, ranges, masks = ctx.parts
+        grad_x = torch.zeros_like(x_TI)
+        linear.add_lora_gradient(grad_x, grads[0].reshape(-1, grads[0].shape[-1]), x_TI, ranges, masks)
+        return grads[0], grad_x.view(*grads[0].shape[:-1], -1), None, None, None, None
 
 
 class _Scale(torch.autograd.Function):
@@ -145,24 +158,34 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, scale: Stack, ranges: Ranges) -> Tensor:
-        y = x.clone()
-        y_TD = y.view(-1, y.shape[-1])
-        for slot, start, stop in ranges:
-            y_TD[start:stop] *= scale.compute[slot]
         ctx.save_for_backward(x)
         ctx.parts = scale, ranges
-        return y
+        return scaled(x, scale, ranges)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        scale, ranges = ctx.parts
-        grad_x = grads[0].clone()
-        x_TD, grad_TD = x.reshape(-1, x.shape[-1]), grad_x.view(-1, x.shape[-1])
-        for slot, start, stop in ranges:
-            scale.grad[slot].add_((grad_TD[start:stop].float() * x_TD[start:stop].float()).sum(0))
-            grad_TD[start:stop] *= scale.compute[slot]
-        return grad_x, None, None, None
+        return scaled_gradient(grads[0], x, *ctx.parts), None, None, None
+
+
+def scaled(x: Tensor, scale: Stack, ranges: Ranges) -> Tensor:
+    """A copy of x [..., D] with each slot's tokens times the slot's scale."""
+    y = x.clone()
+    y_TD = y.view(-1, y.shape[-1])
+    for slot, start, stop in ranges:
+        y_TD[start:stop] *= scale.compute[slot]
+    return y
+
+
+def scaled_gradient(grad: Tensor, x: Tensor, scale: Stack, ranges: Ranges) -> Tensor:
+    """The gradient of `scaled` with respect to x; that of the scales is added to the stack."""
+    assert scale.grad is not None
+    grad_x = grad.clone()
+    x_TD, grad_TD = x.reshape(-1, x.shape[-1]), grad_x.view(-1, x.shape[-1])
+    for slot, start, stop in ranges:
+        scale.grad[slot].add_((grad_TD[start:stop].float() * x_TD[start:stop].float()).sum(0))
+        grad_TD[start:stop] *= scale.compute[slot]
+    return grad_x
 
 
 class _Virtual(torch.autograd.Function):
@@ -182,11 +205,6 @@ class _Virtual(torch.autograd.Function):
         for slot, start, stop in virtual:
             prompts.grad[slot, : stop - start] += grads[0][start:stop]
         return grads[0], None, None, None
-
-
-def ranges_cover(ranges: Ranges) -> int:
-    """Number of tokens the ranges cover."""
-    return sum(stop - start for _, start, stop in ranges)
 
 
 def _uniform(ranges: Ranges, num_tokens: int) -> tuple[slice | list[int], int] | None:
@@ -231,6 +249,7 @@ class AdapterBank:
         self.linears: dict[str, BankLinear] = {}
         self.prompts: Stack | None = None
         self._ranges: Ranges = ()
+        self._active: dict[tuple[str, str], Ranges] = {}
         self._step, self._tokens_before = 0, dict[int, int]()
         for kind in ("lora", "ia3"):
             of_kind = [config for config in configs if config.kind == kind]
@@ -292,11 +311,15 @@ class AdapterBank:
         `step` and `tokens_before` (slot -> the slot's tokens in earlier passes of the step) are for dropout.
         """
         self._ranges = [r for r in ranges if r[0] >= 0]
+        self._active = {}
         self._step, self._tokens_before = step, tokens_before or {}
 
-    def active(self, kind: str) -> Ranges:
-        """The ranges whose slot holds an adapter of `kind`."""
-        return [r for r in self._ranges if (peft := self.peft[r[0]]) is not None and peft.kind == kind]
+    def active(self, kind: str, target: str) -> Ranges:
+        """The ranges whose slot holds an adapter of `kind` for the linears called `target`."""
+        if (kind, target) not in self._active:
+            pefts = [(r, self.peft[r[0]]) for r in self._ranges]
+            self._active[kind, target] = [r for r, p in pefts if p and p.kind == kind and target in targets(p)]
+        return self._active[kind, target]
 
     def hidden_states(
         self, input_ids_T: Tensor, position_ids_T: Tensor, plan: SegmentPlan | DecodePlan, virtual: Ranges = ()
@@ -317,13 +340,12 @@ class AdapterBank:
             return embeds_TD
         return _Virtual.apply(embeds_TD, self.anchor, self.prompts, virtual)
 
-    def dropout_masks(self, x: Tensor, layer: str) -> list[Tensor] | None:
-        """One inverted-dropout mask per active range.
+    def dropout_masks(self, x: Tensor, layer: str, ranges: Ranges) -> list[Tensor] | None:
+        """One inverted-dropout mask per range.
 
         It is drawn from the user's seed, the step, the layer's name and the token's place among the user's tokens of
         the step: neither neighbours, nor how a step is cut into passes, nor recomputation changes it.
         """
-        ranges = self.active("lora")
         rates = [self.peft[slot].dropout for slot, _, _ in ranges]  # type: ignore[union-attr]
         if not any(rates):
             return None

@@ -3,20 +3,21 @@
 In: queries, keys and values of T tokens laid end to end, and a plan that says which tokens belong together. Out: their
 attention, [T, H * D]. A row is a prefix and suffixes; a suffix token sees the prefix and its own suffix up to itself.
 The decision a reader would question: instead of one block mask over whole rows, tokens are gathered into batches of
-segments of similar length. A row of 100 + 16 x 60 tokens then costs 16 x 60 x 160 scores, not 1060 x 1060, and no
-linear layer ever computes a padded token. The linear layers are where a plan pays; the gathers cost 3 % of a layer.
+segments of similar length, each with a copy of its prefix's keys. A row of 100 + 16 x 60 tokens then costs
+16 x 60 x 160 scores, not 1060 x 1060, and no linear layer ever computes a padded token. (One product per row against
+its prefix would copy nothing, but takes several times the calls: 17 ms a layer and 1,000 tokens, not 12.)
 
 Plugs into any Hugging Face model that takes its attention from `AttentionInterface`, under the name "segments".
 
-Shapes: T tokens, N segments, L queries of a segment, K keys of a segment, H query heads, G query heads per key head,
-D head width, B rows of a cache.
+Shapes: T tokens, N segments, L queries of a segment, K keys of a segment (P of the prefix, then L), H query heads, G
+query heads per key head, D head width, R padded rows (all groups' tokens times heads), B rows of a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,16 @@ class Segment:
     prefix_start: int = 0
     prefix_stop: int = 0
 
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
 
-@dataclass
+    @property
+    def num_prefix(self) -> int:
+        return self.prefix_stop - self.prefix_start
+
+
+@dataclass(frozen=True)
 class Group:
     """Segments of similar length, padded to a common one.
 
@@ -45,48 +54,105 @@ class Group:
         query_NL: Stream position of each query. Padding repeats the segment's own first token: were it another user's,
             that user's NaN would spread.
         key_NK: Stream position of each key, prefix first; padded likewise.
-        bias_NLK: 0 where the query may see the key, -inf where not, in the model's dtype. Padded queries see key 0.
-        real_NL: 1 for a query, 0 for padding.
-        distance_NLK: Query position minus key position, for layers with a sliding window.
+        real_NL: False for padding.
+        prefix_N: Length of each segment's prefix, at most P.
         row_N: Number of the row each segment belongs to, counted over the rows with a prefix in this group; segments
             without one share a last row of their own that nobody reads.
         prefix_R: Stream positions of those rows' prefixes, end to end.
-        padded_R: Their places in [rows, longest prefix].
+        padded_R: Their places in [rows, P].
     """
 
     query_NL: Tensor
     key_NK: Tensor
-    bias_NLK: Tensor
     real_NL: Tensor
-    distance_NLK: Tensor
+    prefix_N: Tensor
     row_N: Tensor
     prefix_R: Tensor
     padded_R: Tensor
-    _biases: dict[int | None, Tensor] = field(default_factory=dict, init=False)
+    _biases: dict[int, Tensor] = field(default_factory=dict, init=False)
 
-    def bias(self, window: int | None, q_shape: torch.Size) -> Tensor:
-        """[N, key heads, G * L, K], written out in full because a broadcast bias halves the speed of the softmax.
+    def bias(self, window: int, scores: Tensor) -> Tensor:
+        """0 where a query may see a key, -inf where not, for scores [N * key heads, G * L, K] and in their type.
 
-        Made once per stream and window size.
+        Written out in full, because a broadcast bias or a mask made on the fly halves the speed of the softmax; made
+        once per stream and window.
         """
         if window not in self._biases:
-            bias_NLK = self.bias_NLK
+            (num, length), num_keys = self.query_NL.shape, self.key_NK.shape[1]
+            query_L = torch.arange(length, device=scores.device)[:, None]
+            own_K = torch.arange(num_keys, device=scores.device) - (num_keys - length)
+            distance_NLK = query_L - torch.where(
+                own_K < 0, own_K + num_keys - length - self.prefix_N[:, None, None], own_K
+            )
+            seen_NLK = (distance_NLK >= 0) & ((own_K >= 0) | (distance_NLK > query_L))
             if window:
-                bias_NLK = bias_NLK.masked_fill(self.distance_NLK >= window, float("-inf"))
-            num_heads, num_rows = q_shape[1:3]
-            self._biases[window] = bias_NLK[:, None].repeat(1, num_heads, num_rows // bias_NLK.shape[1], 1)
+                seen_NLK &= distance_NLK < window
+            bias_NLK = torch.zeros(seen_NLK.shape, device=scores.device).masked_fill_(~seen_NLK, float("-inf"))
+            repeats = (scores.shape[0] // num, scores.shape[1] // length)
+            bias = bias_NLK.to(scores.dtype)[:, None, None].expand(-1, *repeats, -1, -1)
+            self._biases[window] = bias.reshape(scores.shape)
         return self._biases[window]
+
+
+class Padded(NamedTuple):
+    """How rows of a stream, seen as [T * heads, D], are laid out for the groups: group by group, [N, heads, L, D].
+
+    Args:
+        source_R: Stream row of each padded row.
+        target: Padded row of each stream row: the one that is a token's own, not its copy as a prefix.
+        real_R: 1.0 for a token, 0.0 for padding.
+    """
+
+    source_R: Tensor
+    target: Tensor
+    real_R: Tensor
 
 
 @dataclass
 class SegmentPlan:
-    """How one stream attends: `source_T[t]` is token t's place in the groups' queries, laid end to end."""
+    """How one stream attends. `cache` and what follows are for filling a cache on the way."""
 
     groups: list[Group]
-    source_T: Tensor
     cache: KVCache | None = None
     cache_rows_T: Tensor | None = None
     cache_positions_T: Tensor | None = None
+    _padded: dict[tuple[str, int], Padded] = field(default_factory=dict, init=False)
+
+    def queries(self, heads: int) -> Padded:
+        """The groups' queries, made once per stream."""
+        if ("q", heads) not in self._padded:
+            self._padded["q", heads] = _pad([(g.query_NL, g.real_NL) for g in self.groups], heads)
+        return self._padded["q", heads]
+
+    def keys(self, heads: int) -> Padded:
+        """The groups' keys, made once per stream."""
+        if ("k", heads) not in self._padded:
+            own = [
+                (g.key_NK, nn.functional.pad(g.real_NL, (g.key_NK.shape[1] - g.real_NL.shape[1], 0)))
+                for g in self.groups
+            ]
+            self._padded["k", heads] = _pad(own, heads)
+        return self._padded["k", heads]
+
+    def parts(self, heads: int, key_heads: int) -> Iterator[tuple[Group, slice, slice]]:
+        """Each group with its padded rows of queries and of keys."""
+        start = key_start = 0
+        for group in self.groups:
+            stop, key_stop = start + group.query_NL.numel() * heads, key_start + group.key_NK.numel() * key_heads
+            yield group, slice(start, stop), slice(key_start, key_stop)
+            start, key_start = stop, key_stop
+
+
+def _pad(parts: list[tuple[Tensor, Tensor]], heads: int) -> Padded:
+    sources, reals = [], []
+    for tokens_NL, own_NL in parts:
+        head = torch.arange(heads, device=tokens_NL.device)[:, None]
+        sources.append((tokens_NL[:, None] * heads + head).flatten())
+        reals.append(own_NL[:, None].expand(-1, heads, -1).flatten())
+    source_R, real_R = torch.cat(sources), torch.cat(reals)
+    target = torch.empty(int(real_R.sum()), dtype=torch.long, device=source_R.device)
+    target[source_R[real_R]] = real_R.nonzero()[:, 0]
+    return Padded(source_R, target, real_R.float())
 
 
 @dataclass
@@ -118,84 +184,46 @@ class KVCache:
         self.layers[:, :, target] = self.layers[:, :, source]
 
 
-def plan_segments(
-    segments: Sequence[Segment],
-    positions: Sequence[int],
-    like: Tensor,
-    max_padding: float = 0.25,
-) -> SegmentPlan:
+def plan_segments(segments: Sequence[Segment], device: torch.device, max_padding: float = 0.25) -> SegmentPlan:
     """Group segments of similar length.
 
     Args:
-        segments: Cover every token of the stream exactly once.
-        positions: Position id of each of the T tokens.
-        like: Gives dtype and device of the biases.
+        segments: Cover every token of the stream exactly once; a segment's positions continue its prefix's.
         max_padding: A segment joins a group only if the group's length exceeds its own by less than this share.
     """
-    order = sorted(range(len(segments)), key=lambda i: (_key_length(segments[i]), segments[i].stop - segments[i].start))
     batches: list[list[Segment]] = []
-    for index in reversed(order):
-        segment = segments[index]
+    for segment in sorted(segments, key=lambda s: (s.length + s.num_prefix, s.length), reverse=True):
         if batches and _fits(segment, batches[-1][0], max_padding):
             batches[-1].append(segment)
         else:
             batches.append([segment])
-    source = torch.zeros(len(positions), dtype=torch.long)
-    position_T = torch.as_tensor(positions)
-    groups, offset = [], 0
-    for batch in batches:
-        group, places = _build_group(batch, position_T, like)
-        for segment, place in zip(batch, places, strict=True):
-            source[segment.start : segment.stop] = torch.arange(
-                offset + place, offset + place + segment.stop - segment.start
-            )
-        offset += group.query_NL.numel()
-        groups.append(group)
-    return SegmentPlan(groups, source.to(like.device))
-
-
-def _key_length(segment: Segment) -> int:
-    return segment.stop - segment.start + segment.prefix_stop - segment.prefix_start
+    return SegmentPlan([_build_group(batch, device) for batch in batches])
 
 
 def _fits(segment: Segment, longest: Segment, max_padding: float) -> bool:
-    own, most = segment.stop - segment.start, longest.stop - longest.start
-    keys, most_keys = _key_length(segment), _key_length(longest)
+    own, most = segment.length, longest.length
+    keys, most_keys = own + segment.num_prefix, most + longest.num_prefix
     slack = 8
     return most_keys <= keys * (1 + max_padding) + slack and own <= most <= own * (1 + max_padding) + slack
 
 
-def _build_group(batch: list[Segment], position_T: Tensor, like: Tensor) -> tuple[Group, list[int]]:
-    num, longest = len(batch), max(s.stop - s.start for s in batch)
-    prefix = max(s.prefix_stop - s.prefix_start for s in batch)
-    start_N = torch.tensor([s.start for s in batch])
-    query_NL = start_N[:, None].repeat(1, longest)
-    key_NK = start_N[:, None].repeat(1, prefix + longest)
-    own_N = torch.tensor([s.stop - s.start for s in batch])
-    prefix_N = torch.tensor([s.prefix_stop - s.prefix_start for s in batch])
-    for row, s in enumerate(batch):
-        query_NL[row, : s.stop - s.start] = torch.arange(s.start, s.stop)
-        key_NK[row, : s.prefix_stop - s.prefix_start] = torch.arange(s.prefix_start, s.prefix_stop)
-        key_NK[row, prefix : prefix + s.stop - s.start] = torch.arange(s.start, s.stop)
-    column_K, row_L = torch.arange(prefix + longest), torch.arange(longest)
-    in_prefix_NK = column_K < prefix_N[:, None]
-    causal_LK = (column_K >= prefix) & (column_K - prefix <= row_L[:, None])
-    seen_NLK = in_prefix_NK[:, None] | causal_LK[None]
-    real_NL = row_L < own_N[:, None]
-    seen_NLK = torch.where(real_NL[..., None], seen_NLK, column_K == 0)
-    bias_NLK = torch.zeros(seen_NLK.shape).masked_fill(~seen_NLK, float("-inf")).to(like)
-    distance_NLK = position_T[query_NL][:, :, None] - position_T[key_NK][:, None, :]
-    distance_NLK = torch.where(real_NL[..., None], distance_NLK, 0)
-    stops = {s.prefix_start: s.prefix_stop for s in batch if s.prefix_stop > s.prefix_start}
+def _build_group(batch: list[Segment], device: torch.device) -> Group:
+    num_prefix = max(s.num_prefix for s in batch)
+    facts = ((s.start, s.length, s.prefix_start, s.num_prefix) for s in batch)
+    start_N, length_N, prefix_start_N, prefix_N = (torch.tensor(fact)[:, None] for fact in zip(*facts, strict=True))
+    place_L, place_P = torch.arange(max(s.length for s in batch)), torch.arange(num_prefix)
+    real_NL = place_L < length_N
+    query_NL = torch.where(real_NL, start_N + place_L, start_N)
+    prefix_NP = torch.where(place_P < prefix_N, prefix_start_N + place_P, start_N)
+    key_NK = torch.cat((prefix_NP, query_NL), 1)
+    stops = {s.prefix_start: s.prefix_stop for s in batch if s.num_prefix}
     starts = sorted(stops)
-    row_N = torch.tensor(
-        [starts.index(s.prefix_start) if s.prefix_stop > s.prefix_start else len(starts) for s in batch]
-    )
+    row_N = torch.tensor([starts.index(s.prefix_start) if s.num_prefix else len(starts) for s in batch])
     spans = [torch.arange(start, stops[start]) for start in starts]
-    places = [torch.arange(len(span)) + row * prefix for row, span in enumerate(spans)]
+    places = [torch.arange(len(span)) + row * num_prefix for row, span in enumerate(spans)]
     prefix_R, padded_R = (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long) for parts in (spans, places))
-    tensors = (query_NL, key_NK, bias_NLK, real_NL.to(like.dtype), distance_NLK, row_N, prefix_R, padded_R)
-    return Group(*(t.to(like.device) for t in tensors)), [row * longest for row in range(num)]
+    tensors = (query_NL, key_NK, real_NL, prefix_N[:, 0], row_N, prefix_R, padded_R)
+    return Group(*(t.to(device) for t in tensors))
 
 
 @fused
@@ -207,60 +235,89 @@ def _exponentials(scores: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, T
 
 
 @fused
-def _scores_gradient(grad: Tensor, e: Tensor, inverse: Tensor, scale: float) -> Tensor:
-    """Gradient of the raw scores from that of the probabilities, where `grad` is already times `inverse`."""
-    weights, g = e.float(), grad.float()
-    return (weights * (g - (weights * g).sum(-1, keepdim=True) * inverse[..., None]) * scale).to(grad.dtype)
+def _scores_gradient(grad_RK: Tensor, e_RK: Tensor, delta_R: Tensor, scale: float) -> Tensor:
+    """Gradient of the raw scores from that of the exponentials; `delta_R` is what each row's softmax takes off."""
+    return (e_RK.float() * (grad_RK.float() - delta_R[:, None]) * scale).to(grad_RK.dtype)
 
 
-class _SegmentAttention(torch.autograd.Function):
-    """Softmax attention per group.
+@fused
+def _times_rows(x_RD: Tensor, factor_R: Tensor) -> Tensor:
+    return (x_RD.float() * factor_R[:, None]).to(x_RD.dtype)
+
+
+@fused
+def _row_products(x_RD: Tensor, y_RD: Tensor) -> Tensor:
+    return (x_RD.float() * y_RD.float()).sum(-1)
+
+
+def attention_forward(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: SegmentPlan, scale: float, window: int, saved: list[Tensor]
+) -> Tensor:
+    """Softmax attention of a stream, [T, H, D]; what `attention_backward` needs is put on `saved`.
+
+    `window` 0 means no sliding window.
+    """
+    (heads, width), key_heads = q_THD.shape[1:], k_THD.shape[1]
+    queries, keys = plan.queries(heads), plan.keys(key_heads)
+    q_RD = q_THD.reshape(-1, width).index_select(0, queries.source_R)
+    k_RD, v_RD = (x.reshape(-1, width).index_select(0, keys.source_R) for x in (k_THD, v_THD))
+    out_RD, inverse_R = torch.empty_like(q_RD), torch.empty_like(queries.real_R)
+    for group, part, key_part in plan.parts(heads, key_heads):
+        num, num_keys = group.key_NK.shape
+        q, out = (x[part].view(num * key_heads, -1, width) for x in (q_RD, out_RD))
+        k, v = (x[key_part].view(num * key_heads, num_keys, width) for x in (k_RD, v_RD))
+        scores = q @ k.transpose(1, 2)
+        e, inverse = _exponentials(scores, group.bias(window, scores), scale)
+        torch.bmm(e, v, out=out)
+        inverse_R[part] = inverse.flatten()
+        saved.append(e)
+    out_THD = _times_rows(out_RD, inverse_R).index_select(0, queries.target).view(q_THD.shape)
+    saved += [q_RD, k_RD, v_RD, inverse_R, out_THD]
+    return out_THD
+
+
+def attention_backward(
+    grad_THD: Tensor, key_heads: int, plan: SegmentPlan, scale: float, saved: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values; takes from `saved` what `attention_forward` put there.
 
     A token's gradient as a key comes from its own segment, and for a prefix also from every suffix of its row: those
     are added up in float32.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: SegmentPlan, scale: float, window: int | None
-    ) -> Tensor:
-        saved, outputs = [], []
-        for group in plan.groups:
-            key_heads, length = k_THD.shape[1], group.query_NL.shape[1]
-            q = _gather(q_THD, group.query_NL, key_heads)
-            k, v = (_gather(x, group.key_NK, key_heads) for x in (k_THD, v_THD))
-            e, inverse = _exponentials(q @ k.transpose(-1, -2), group.bias(window, q.shape), scale)
-            outputs.append(_ungather((e @ v).mul_(inverse[..., None]), length))
-            saved += [q, k, v, e, inverse]
-        ctx.save_for_backward(*saved)
-        ctx.parts = plan, scale
-        return torch.cat(outputs).index_select(0, plan.source_T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plan, scale = ctx.parts
-        grad_THD = grads[0].contiguous()
-        saved = ctx.saved_tensors
-        own: list[list[Tensor]] = [[], [], []]
-        prefix_sums = []
-        for number, group in enumerate(plan.groups):
-            q, k, v, e, inverse = saved[5 * number : 5 * number + 5]
-            length = group.query_NL.shape[1]
-            grad = _gather(grad_THD, group.query_NL, k.shape[1])
-            # Padded queries repeat their segment's first token and would count its gradient twice.
-            grad.mul_(inverse[..., None] * group.real_NL.repeat(1, q.shape[2] // length)[:, None, :, None])
-            grad_s = _scores_gradient(grad @ v.transpose(-1, -2), e, inverse, scale)
-            grad_k, grad_v = grad_s.transpose(-1, -2) @ q, e.transpose(-1, -2) @ grad
-            own[0].append(_ungather(grad_s @ k, length))
-            for parts, part in ((own[1], grad_k), (own[2], grad_v)):
-                parts.append(_ungather(part[:, :, -length:], length))
-            if len(group.prefix_R):
-                prefix_sums.append((group.prefix_R, _sum_prefix(grad_k, group), _sum_prefix(grad_v, group)))
-        grad_q, grad_k, grad_v = (torch.cat(parts).index_select(0, plan.source_T) for parts in own)
-        for prefix_R, sum_k, sum_v in prefix_sums:
-            for total, part in ((grad_k, sum_k), (grad_v, sum_v)):
-                total[prefix_R] = (total[prefix_R].float() + part).to(total.dtype)
-        return grad_q, grad_k, grad_v, None, None, None
+    q_RD, k_RD, v_RD, inverse_R, out_THD = saved[-5:]
+    del saved[-5:]
+    num_tokens, heads, width = out_THD.shape
+    queries, keys = plan.queries(heads), plan.keys(key_heads)
+    # Padded queries repeat their segment's first token and would count its gradient twice.
+    factor_R = inverse_R * queries.real_R
+    grad_rows = grad_THD.reshape(-1, width)
+    grad_RD = _times_rows(grad_rows.index_select(0, queries.source_R), factor_R)
+    delta_R = _row_products(grad_rows, out_THD.view(-1, width)).index_select(0, queries.source_R) * factor_R
+    grad_q_RD, grad_k_RD, grad_v_RD = (torch.empty_like(x) for x in (q_RD, k_RD, v_RD))
+    prefix_sums = []
+    for group, part, key_part in reversed(list(plan.parts(heads, key_heads))):
+        num, num_keys = group.key_NK.shape
+        q, grad, grad_q = (x[part].view(num * key_heads, -1, width) for x in (q_RD, grad_RD, grad_q_RD))
+        k, v, grad_k, grad_v = (
+            x[key_part].view(num * key_heads, num_keys, width) for x in (k_RD, v_RD, grad_k_RD, grad_v_RD)
+        )
+        e = saved.pop()
+        grad_e = (grad @ v.transpose(1, 2)).view(-1, num_keys)
+        ds = _scores_gradient(grad_e, e.view(-1, num_keys), delta_R[part], scale).view(e.shape)
+        torch.bmm(ds, k, out=grad_q)
+        torch.bmm(ds.transpose(1, 2), q, out=grad_k)
+        torch.bmm(e.transpose(1, 2), grad, out=grad_v)
+        if len(group.prefix_R):
+            sums = (_sum_prefix(x.view(num, key_heads, num_keys, width), group) for x in (grad_k, grad_v))
+            prefix_sums.append((group.prefix_R, *sums))
+    grad_q_THD = grad_q_RD.index_select(0, queries.target).view(num_tokens, heads, width)
+    grad_k_THD, grad_v_THD = (
+        x.index_select(0, keys.target).view(num_tokens, key_heads, width) for x in (grad_k_RD, grad_v_RD)
+    )
+    for prefix_R, sum_k, sum_v in prefix_sums:
+        for total, part in ((grad_k_THD, sum_k), (grad_v_THD, sum_v)):
+            total[prefix_R] = (total[prefix_R].float() + part).to(total.dtype)
+    return grad_q_THD, grad_k_THD, grad_v_THD
 
 
 def _sum_prefix(grad: Tensor, group: Group) -> Tensor:
@@ -272,21 +329,27 @@ def _sum_prefix(grad: Tensor, group: Group) -> Tensor:
     return rows.view(-1, heads, width)[group.padded_R]
 
 
-def _gather(x_THD: Tensor, index_NL: Tensor, key_heads: int) -> Tensor:
-    """[T, H, D] -> [N, key heads, H / key heads * L, D]."""
-    num, length = index_NL.shape
-    heads, width = x_THD.shape[1:]
-    index = index_NL[:, None, :] * heads + torch.arange(heads, device=x_THD.device)[:, None]
-    rows = x_THD.reshape(-1, width).index_select(0, index.reshape(-1))
-    return rows.view(num, key_heads, -1, width)
+class _SegmentAttention(torch.autograd.Function):
+    """`attention_forward` and `attention_backward` for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: SegmentPlan, scale: float, window: int
+    ) -> Tensor:
+        saved: list[Tensor] = []
+        out_THD = attention_forward(q_THD, k_THD, v_THD, plan, scale, window, saved)
+        ctx.save_for_backward(*saved)
+        ctx.parts = k_THD.shape[1], plan, scale
+        return out_THD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        key_heads, plan, scale = ctx.parts
+        saved = list(ctx.saved_tensors)
+        return *attention_backward(grads[0], key_heads, plan, scale, saved), None, None, None
 
 
-def _ungather(x: Tensor, length: int) -> Tensor:
-    """[N, key heads, G * L, D] -> [N * L, H, D]."""
-    return x.reshape(x.shape[0], -1, length, x.shape[-1]).transpose(1, 2).reshape(x.shape[0] * length, -1, x.shape[-1])
-
-
-def _decode(
+def decode_attention(
     q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, plan: DecodePlan, layer: int, scale: float, window: Any
 ) -> Tensor:
     rows_B = torch.arange(q_BHD.shape[0], device=q_BHD.device)
@@ -320,12 +383,18 @@ def attend(
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(plan, DecodePlan):
-        return _decode(q_THD, k_THD, v_THD, plan, layer, scaling, sliding_window)[None], None
+        return decode_attention(q_THD, k_THD, v_THD, plan, layer, scaling, sliding_window)[None], None
     if plan.cache is not None:
-        index = (plan.cache_rows_T, plan.cache_positions_T)
-        plan.cache.layers[layer, 0].index_put_(index, k_THD)
-        plan.cache.layers[layer, 1].index_put_(index, v_THD)
-    return _SegmentAttention.apply(q_THD, k_THD, v_THD, plan, scaling, sliding_window)[None], None
+        fill_cache(plan, layer, k_THD, v_THD)
+    return _SegmentAttention.apply(q_THD, k_THD, v_THD, plan, scaling, sliding_window or 0)[None], None
+
+
+def fill_cache(plan: SegmentPlan, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
+    """Write a stream's keys and values to their places in the plan's cache."""
+    assert plan.cache is not None
+    index = (plan.cache_rows_T, plan.cache_positions_T)
+    plan.cache.layers[layer, 0].index_put_(index, k_THD)
+    plan.cache.layers[layer, 1].index_put_(index, v_THD)
 
 
 AttentionInterface.register(NAME, attend)

@@ -67,26 +67,32 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @fused
-def _rms_forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x = x_TD.float()
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight_D.float()).to(x_TD.dtype)
 
 
 @fused
-def _rms_backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm_gradient(
+    grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, onto_TD: Tensor | None = None
+) -> Tensor:
+    """The gradient with respect to x, plus `onto`."""
     x, grad = x_TD.float(), grad_TD.float() * weight_D.float()
     inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return ((grad - x * (grad * x).mean(-1, keepdim=True) * inverse * inverse) * inverse).to(x_TD.dtype)
+    gradient = (grad - x * (grad * x).mean(-1, keepdim=True) * inverse * inverse) * inverse
+    if onto_TD is not None:
+        gradient = gradient + onto_TD.float()
+    return gradient.to(x_TD.dtype)
 
 
 @fused
-def _gated_forward(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
+def gated(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     gate = gate_TD.float()
     return (gate * torch.sigmoid(gate) * up_TD.float()).to(gate_TD.dtype)
 
 
 @fused
-def _gated_backward(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Tensor, Tensor]:
+def gated_gradient(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Tensor, Tensor]:
     gate, grad = gate_TD.float(), grad_TD.float()
     sigmoid = torch.sigmoid(gate)
     grad_gate = grad * up_TD.float() * sigmoid * (1 + gate * (1 - sigmoid))
@@ -94,14 +100,14 @@ def _gated_backward(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Te
 
 
 @fused
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x.float() * cos.float() + rotated.float() * sin.float()).to(x.dtype)
 
 
 @fused
-def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = grad.shape[-1] // 2
     scaled = grad.float() * sin.float()
     rotated = torch.cat((scaled[..., half:], -scaled[..., :half]), dim=-1)
@@ -134,34 +140,34 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight_D)
         ctx.eps = eps
-        return _rms_forward(x, weight_D, eps)
+        return rms_norm(x, weight_D, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight_D = ctx.saved_tensors
-        return _rms_backward(grads[0].contiguous(), x, weight_D, ctx.eps), None, None
+        return rms_norm_gradient(grads[0].contiguous(), x, weight_D, ctx.eps), None, None
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated_forward(gate, up)
+        return gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return _gated_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        return gated_gradient(grads[0].contiguous(), *ctx.saved_tensors)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate_back(grads[0], *ctx.saved_tensors), None, None
+        return rotate_back(grads[0], *ctx.saved_tensors), None, None
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

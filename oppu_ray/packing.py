@@ -277,7 +277,7 @@ def build_stream(rows: Sequence[Row], like: Tensor) -> Stream:
         long(positions),
         ranges,
         virtual,
-        plan_segments(segments, positions, like),
+        plan_segments(segments, like.device),
         long(predict),
         long(targets),
         torch.tensor(weights, dtype=torch.float32, device=like.device),

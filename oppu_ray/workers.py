@@ -7,6 +7,7 @@ predictions leave it. This is the only file of the package that imports Ray.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -22,6 +23,7 @@ from oppu_ray.base_model import Base, load_base
 from oppu_ray.config import Config, from_dict, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, UserDone, UserHistory, UserWork
 from oppu_ray.kernels import fuse, keep_freed_memory
+from oppu_ray.layers import fuse_layers
 from oppu_ray.packing import encode, plan_user
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import read_index, read_users
@@ -42,6 +44,9 @@ def open_base(config: Config, path: Path | None = None) -> Base:
     keep_freed_memory()
     base = load_base(config.base, path)
     fuse(base.model)
+    fuse_layers(base.model)
+    gc.collect()
+    gc.freeze()  # a loaded model is many objects that Python would look through again and again: 4 % of a step
     return base
 
 

@@ -75,7 +75,7 @@ def test_segments_see_what_a_dense_mask_shows() -> None:
         wide_k, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
         scores = (q @ wide_k.transpose(-1, -2) * 0.3).masked_fill(~seen, float("-inf"))
         expected = (scores.softmax(-1) @ wide_v).transpose(1, 2)
-        plan = plan_segments(segments, positions, torch.zeros(()))
+        plan = plan_segments(segments, q.device)
         found, _ = attend(module, q, k, v, None, 0.3, plan=plan, sliding_window=window)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         towards = torch.randn(found.shape, generator=draw)
@@ -112,7 +112,7 @@ def test_attention_caps_are_refused() -> None:
     module.layer_idx = 0  # type: ignore[assignment]
     x = torch.zeros(1, 1, 1, 8)
     with pytest.raises(ValueError, match="soft caps and sinks are not supported"):
-        attend(module, x, x, x, None, 1.0, plan=plan_segments([Segment(0, 1)], [0], x), softcap=50.0)
+        attend(module, x, x, x, None, 1.0, plan=plan_segments([Segment(0, 1)], x.device), softcap=50.0)
 
 
 def test_many_query_heads_may_share_one_key_head() -> None:
