@@ -1,7 +1,7 @@
 """The names of all metrics, in one place: who exports them, who plots them and who alerts on them read this table.
 
-Plain data, no Ray: name -> kind, help text, tags and (histograms) upper bounds in seconds. A worker or replica makes one
-`ray.util.metrics` object per entry; Prometheus then sees each name with the prefix `ray_`.
+Plain data, no Ray: name -> kind, help text, tags and (histograms) upper bounds in seconds. A worker or replica makes
+one `ray.util.metrics` object per entry; Prometheus then sees each name with the prefix `ray_`.
 The decision a reader would question: no metric has a tag for the user. A user id is personal data, and one time series
 per user would sink Prometheus.
 """
