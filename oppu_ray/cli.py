@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="training speed against the alternatives (from a checkout)")
     bench.add_argument("what", choices=["train"])
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="see python -m jobs.bench_train --help")
+    plan = commands.add_parser("plan", help="time, balance, disk and cost of a run, before it is run")
+    plan.add_argument("--config", type=Path, help="plan a prepared run's users instead of simulated ones")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. users=1000000 workers=256")
     commands.add_parser("doctor", help="what is installed, what is missing, how to get it")
     options = parser.parse_args(arguments)
     try:
@@ -43,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
             return subprocess.call([sys.executable, "-m", "jobs.bench_train", *options.rest], cwd=DEMO.parents[2])
         if options.command == "doctor":
             return _doctor()
+        if options.command == "plan":
+            return _plan(options.config, options.overrides)
         if options.command == "demo":
             return run_stage("run", DEMO, options.overrides)
         return run_stage(options.command, options.config, options.overrides)
@@ -73,6 +78,14 @@ def _doctor() -> int:
     from oppu_ray.files import oppu_home
 
     return 0 if print_checks(run_doctor(oppu_home())) else 1
+
+
+def _plan(run: Path | None, overrides: list[str]) -> int:
+    from oppu_ray.plan import format_plan, load_plan, plan
+
+    config, sizes = load_plan(run, overrides)
+    print(format_plan(config, plan(config, sizes)))
+    return 0
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -172,19 +175,19 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
         raise ValueError(f"{path}: cannot read the config: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r}: expected dotted.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
-        _set(values, key.split("."), value, override)
+    _override(values, overrides)
     preset = values.get("preset", Config.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"{path}: preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}")
     return _build(Config, _merge(PRESETS[preset], values), str(path), "")
+
+
+def from_overrides(default: T, overrides: Sequence[str]) -> T:
+    """A copy of any config dataclass with `dotted.key=value` overrides applied; errors as in `load_config`."""
+    values = to_dict(default)
+    _override(values, overrides)
+    built: T = _build(type(default), values, "command line", "")
+    return built
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -195,6 +198,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`."""
     return _build(Config, values, "config", "")
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r}: expected dotted.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
+        _set(values, key.split("."), value, override)
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -15,6 +15,7 @@ from tiny import tiny_tokenizer
 from oppu_ray.config import PeftConfig, TrainConfig
 from oppu_ray.core import Example, Pack, Prompt, TrainingPair, UserSize
 from oppu_ray.packing import (
+    MAX_WORDS_PER_PACK,
     Row,
     build_stream,
     encode,
@@ -150,6 +151,22 @@ def test_packs_do_not_depend_on_the_order_of_arrival(users: list[UserSize], draw
         assert len(pack.user_ids) <= 4 and all(2 * steps[user] >= longest for user in pack.user_ids)
         if after:  # a pack ends only because it is full or the next user is too small for it
             assert len(pack.user_ids) == 4 or 2 * steps[after.user_ids[0]] < longest
+
+
+def test_long_histories_make_small_packs_and_a_giant_is_alone() -> None:
+    words = {"giant": MAX_WORDS_PER_PACK + 1, **{f"long-{i}": MAX_WORDS_PER_PACK // 3 for i in range(4)}, "short": 10}
+    users = [UserSize(user_id, 100, num) for user_id, num in words.items()]
+    assert [pack.user_ids for pack in plan_packs(users, TrainConfig())] == [
+        ("giant",),
+        ("long-0", "long-1", "long-2"),
+        ("long-3", "short"),
+    ]
+
+
+def test_with_a_fixed_number_of_steps_users_of_all_sizes_share_packs() -> None:
+    users = [UserSize("big", 1000, 900), UserSize("small", 2, 10)]
+    assert len(plan_packs(users, TrainConfig())) == 2
+    assert [pack.user_ids for pack in plan_packs(users, TrainConfig(max_steps=5))] == [("big", "small")]
 
 
 @given(st.lists(st.integers(1, 5000), max_size=30), st.integers(1, 6), st.randoms(use_true_random=False))
