@@ -15,6 +15,7 @@ query heads per key head, D head width, R padded rows (all groups' tokens times 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -184,20 +185,32 @@ class KVCache:
         self.layers[:, :, target] = self.layers[:, :, source]
 
 
-def plan_segments(segments: Sequence[Segment], device: torch.device, max_padding: float = 0.25) -> SegmentPlan:
+def plan_segments(
+    segments: Sequence[Segment], device: torch.device, max_padding: float = 0.25, max_length: int = 1024
+) -> SegmentPlan:
     """Group segments of similar length.
 
     Args:
         segments: Cover every token of the stream exactly once; a segment's positions continue its prefix's.
         max_padding: A segment joins a group only if the group's length exceeds its own by less than this share.
+        max_length: A longer segment without a prefix is computed piece by piece, each with what stands before it as its
+            prefix: a square of scores for 10,000 tokens would not fit in memory.
     """
+    pieces = [piece for segment in segments for piece in _split(segment, max_length)]
     batches: list[list[Segment]] = []
-    for segment in sorted(segments, key=lambda s: (s.length + s.num_prefix, s.length), reverse=True):
+    for segment in sorted(pieces, key=lambda s: (s.length + s.num_prefix, s.length), reverse=True):
         if batches and _fits(segment, batches[-1][0], max_padding):
             batches[-1].append(segment)
         else:
             batches.append([segment])
     return SegmentPlan([_build_group(batch, device) for batch in batches])
+
+
+def _split(segment: Segment, max_length: int) -> list[Segment]:
+    if segment.num_prefix or segment.length <= max_length:
+        return [segment]
+    cuts = [*range(segment.start, segment.stop, max_length), segment.stop]
+    return [Segment(start, stop, segment.start, start) for start, stop in itertools.pairwise(cuts)]
 
 
 def _fits(segment: Segment, longest: Segment, max_padding: float) -> bool:
@@ -216,10 +229,10 @@ def _build_group(batch: list[Segment], device: torch.device) -> Group:
     query_NL = torch.where(real_NL, start_N + place_L, start_N)
     prefix_NP = torch.where(place_P < prefix_N, prefix_start_N + place_P, start_N)
     key_NK = torch.cat((prefix_NP, query_NL), 1)
-    stops = {s.prefix_start: s.prefix_stop for s in batch if s.num_prefix}
-    starts = sorted(stops)
-    row_N = torch.tensor([starts.index(s.prefix_start) if s.num_prefix else len(starts) for s in batch])
-    spans = [torch.arange(start, stops[start]) for start in starts]
+    prefixes = sorted({(s.prefix_start, s.prefix_stop) for s in batch if s.num_prefix})
+    rows = {prefix: row for row, prefix in enumerate(prefixes)}
+    row_N = torch.tensor([rows.get((s.prefix_start, s.prefix_stop), len(rows)) for s in batch])
+    spans = [torch.arange(*prefix) for prefix in prefixes]
     places = [torch.arange(len(span)) + row * num_prefix for row, span in enumerate(spans)]
     prefix_R, padded_R = (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long) for parts in (spans, places))
     tensors = (query_NL, key_NK, real_NL, prefix_N[:, 0], row_N, prefix_R, padded_R)
@@ -282,7 +295,7 @@ def attention_backward(
     """Gradients of queries, keys and values; takes from `saved` what `attention_forward` put there.
 
     A token's gradient as a key comes from its own segment, and for a prefix also from every suffix of its row: those
-    are added up in float32.
+    are added up in float32 first.
     """
     q_RD, k_RD, v_RD, inverse_R, out_THD = saved[-5:]
     del saved[-5:]
@@ -316,7 +329,7 @@ def attention_backward(
     )
     for prefix_R, sum_k, sum_v in prefix_sums:
         for total, part in ((grad_k_THD, sum_k), (grad_v_THD, sum_v)):
-            total[prefix_R] = (total[prefix_R].float() + part).to(total.dtype)
+            total.index_add_(0, prefix_R, part.to(total.dtype))
     return grad_q_THD, grad_k_THD, grad_v_THD
 
 

@@ -58,8 +58,9 @@ def test_a_stream_is_read_as_its_examples_alone(architecture: str) -> None:
     check()
 
 
-def test_segments_see_what_a_dense_mask_shows() -> None:
-    """Two rows of different shapes in one stream; in the second, a window hides what is more than 3 positions back."""
+@pytest.mark.parametrize("max_length", [100, 3, 2])
+def test_segments_see_what_a_dense_mask_shows(max_length: int) -> None:
+    """Two rows of different shapes in one stream, long segments in pieces, with and without a window."""
     segments = [Segment(0, 4), Segment(4, 9, 0, 4), Segment(9, 11, 0, 4), Segment(11, 18), Segment(18, 20, 11, 18)]
     positions = [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 0, 1, 2, 3, 4, 5, 6, 7, 8]
     module = torch.nn.Module()
@@ -75,7 +76,7 @@ def test_segments_see_what_a_dense_mask_shows() -> None:
         wide_k, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
         scores = (q @ wide_k.transpose(-1, -2) * 0.3).masked_fill(~seen, float("-inf"))
         expected = (scores.softmax(-1) @ wide_v).transpose(1, 2)
-        plan = plan_segments(segments, q.device)
+        plan = plan_segments(segments, q.device, max_length=max_length)
         found, _ = attend(module, q, k, v, None, 0.3, plan=plan, sliding_window=window)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         towards = torch.randn(found.shape, generator=draw)

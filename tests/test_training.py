@@ -30,7 +30,7 @@ from reference import (
     train_alone,
     trained,
 )
-from tiny import ARCHITECTURES, tiny_tokenizer
+from tiny import ARCHITECTURES, VOCAB_SIZE, tiny_tokenizer
 
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import PeftConfig, TrainConfig
@@ -193,7 +193,7 @@ def test_the_model_answers_as_before_once_training_is_over(architecture: str) ->
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_users_of_one_item_of_many_items_and_of_an_item_beyond_the_length_limit() -> None:
+def test_users_of_one_item_of_many_items_and_of_items_beyond_all_limits() -> None:
     config = replace(TRAIN, epochs=1, items_per_step=300, max_tokens_per_pass=200)
     pair = TrainingPair(Prompt("which tag?", "a film " * 100, "tag:"), " funny", "i1")
     long = encode(pair, tiny_tokenizer(), max_length=60)
@@ -205,6 +205,7 @@ def test_users_of_one_item_of_many_items_and_of_an_item_beyond_the_length_limit(
         make_user(1, LORA, many, config),
         make_user(2, LORA, [long, *random_examples(2, 2)], config),
         make_user(3, PROMPT, [long], replace(config, epochs=2)),
+        make_user(4, LORA, [Example(tuple(i % VOCAB_SIZE for i in range(2500)), 2490)], config),
     ]
     results = train(tiny_model(), pack, config)
     for user in pack:
