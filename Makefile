@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check bench cluster cluster-stop
 
 setup: $(READY)
 
@@ -27,3 +27,10 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m jobs.bench_train
+
+# A Ray head on this machine, with dashboard, jobs and token; see `oppu submit`.
+cluster: $(READY)
+	$(BIN)/oppu cluster start
+
+cluster-stop: $(READY)
+	$(BIN)/oppu cluster stop

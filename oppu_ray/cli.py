@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from oppu_ray.config import load_config, to_dict
+from oppu_ray.config import load_config, located, to_dict
+from oppu_ray.progress import ClusterLost, Interrupted, format_status, read_status
 
 STAGES = {
     "prepare": "read and check histories, split them by time",
@@ -24,7 +28,11 @@ DEMO = Path(__file__).resolve().parents[1] / "jobs" / "configs" / "demo.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, 1 when something was found wrong (doctor), 2 for bad input."""
+    """Returns one of the exit codes that README documents.
+
+    0 done (users with bad data are in the result); 1 users failed who may succeed when it is run again, or the doctor
+    found something; 2 bad input; 3 interrupted and 4 cluster lost: run the same again to continue.
+    """
     parser = argparse.ArgumentParser(prog="oppu", description="One PEFT Per User: a personal adapter for everyone.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in STAGES.items():
@@ -39,6 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
     plan = commands.add_parser("plan", help="time, balance, disk and cost of a run, before it is run")
     plan.add_argument("--config", type=Path, help="plan a prepared run's users instead of simulated ones")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. users=1000000 workers=256")
+    status = commands.add_parser("status", help="how far a run is; needs no Ray")
+    status.add_argument("run", type=Path, help="the run's folder, or its YAML file")
+    status.add_argument("overrides", nargs="*", metavar="key=value")
+    status.add_argument("--watch", action="store_true", help="again every 2 s until the stage has ended")
+    job = commands.add_parser("submit", help="run a stage as a job of a Ray cluster, and follow it")
+    job.add_argument("stage", choices=STAGES)
+    job.add_argument("config", type=Path)
+    job.add_argument("overrides", nargs="*", metavar="key=value")
+    job.add_argument("--address", help="of the dashboard; default $RAY_API_SERVER_ADDRESS, or this machine")
+    job.add_argument("--no-wait", action="store_true", help="do not follow the job's log")
+    cluster = commands.add_parser("cluster", help="a Ray head on this machine, with dashboard and token")
+    cluster.add_argument("what", choices=["start", "stop"])
+    cluster.add_argument("--port", type=int, default=6379)
+    cluster.add_argument("--dashboard-port", type=int, default=8265)
     commands.add_parser("doctor", help="what is installed, what is missing, how to get it")
     options = parser.parse_args(arguments)
     try:
@@ -50,27 +72,65 @@ def main(arguments: list[str] | None = None) -> int:
             return _plan(options.config, options.overrides)
         if options.command == "demo":
             return run_stage("run", DEMO, options.overrides)
+        if options.command == "submit":
+            from oppu_ray.submit import submit
+
+            return submit(options.stage, options.config, options.overrides, options.address, not options.no_wait)
+        if options.command == "cluster":
+            return _cluster(options.what, options.port, options.dashboard_port)
+        if options.command == "status":
+            return _status(options.run, options.overrides, options.watch)
         return run_stage(options.command, options.config, options.overrides)
     except ValueError as error:
         print(f"oppu: {error}", file=sys.stderr)
         return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"oppu: {stop or 'interrupted'}; run the same again to continue", file=sys.stderr)
+        return 3
+    except ClusterLost as lost:
+        print(f"oppu: {lost}; run the same again to continue, on any cluster", file=sys.stderr, flush=True)
+        return 4
 
 
 def run_stage(stage: str, path: Path, overrides: list[str]) -> int:
     """Load the config, print it as resolved, run one stage."""
-    config = load_config(path, overrides)
+    config = located(load_config(path, overrides))
     print(yaml.safe_dump(_plain(to_dict(config)), sort_keys=False, default_flow_style=None, width=120))
     # Imported here: torch and transformers take seconds, and a wrong config should not wait for them.
     from oppu_ray import stages
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stage that can end more gently says so itself
     function: Callable[..., Any] = getattr(stages, stage)
-    function(config)
-    return 0
+    return 1 if function(config).get("num_to_retry") else 0
 
 
 def job(stage: str) -> int:
     """What a file in `jobs/` does: `python -m jobs.<stage> CONFIG [key=value ...]`."""
     return main([stage, *sys.argv[1:]])
+
+
+def _cluster(what: str, port: int, dashboard_port: int) -> int:
+    """`oppu cluster start` and `stop`."""
+    from oppu_ray.submit import private_token, start_head, stop_head
+
+    if what == "stop":
+        print("stopped" if stop_head() else "there is no head that was started here")
+        return 0
+    url = start_head(port, dashboard_port)
+    print(f"dashboard {url} (token in {private_token()}); `oppu submit run jobs/configs/demo.yaml` runs a job on it")
+    return 0
+
+
+def _status(run: Path, overrides: list[str], watch: bool) -> int:
+    """`oppu status`."""
+    folder = run if run.is_dir() else Path(located(load_config(run, overrides)).run_dir)
+    while True:
+        status = read_status(folder)
+        print(format_status(status), flush=True)
+        if not watch or status["state"] != "running":
+            return 0
+        time.sleep(2)
 
 
 def _doctor() -> int:

@@ -7,6 +7,7 @@ dataclass field's own type, and an unknown key is an error that lists the known 
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,13 +106,15 @@ class EvalConfig:
 class WorkersConfig:
     """`num_workers` 0 runs inline in this process; otherwise that many Ray actors, each owning a shard of users.
 
-    `threads` is per worker; 0 means all cores inline, and `cpus_per_worker` for an actor.
+    `threads` is per worker; 0 means all cores inline, and `cpus_per_worker` for an actor. A pack that trains longer
+    than `checkpoint_every_s` leaves a checkpoint that often, from which it goes on after a fault.
     """
 
     num_workers: int = 0
     threads: int = 0
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    checkpoint_every_s: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,31 @@ def from_overrides(default: T, overrides: Sequence[str]) -> T:
     _override(values, overrides)
     built: T = _build(type(default), values, "command line", "")
     return built
+
+
+def located(config: Config) -> Config:
+    """The config with `run_dir` and the data's paths made absolute, taken from `$OPPU_ROOT`, else from here.
+
+    Raises:
+        ValueError: A path is relative, and here is the temporary copy of the code that a Ray job runs in.
+    """
+    root = Path(os.environ.get("OPPU_ROOT") or Path.cwd())
+
+    def absolute(key: str, path: str) -> str:
+        place = Path(path).expanduser()
+        if path and not place.is_absolute() and "_ray_pkg_" in str(root):
+            raise ValueError(
+                f"{key} is {path!r}, and a job's own folder is a temporary copy: expected an absolute path that every "
+                "node sees, or OPPU_ROOT set to where relative paths start (`oppu submit` and `make cluster` set it)"
+            )
+        return str(root / place) if path else path
+
+    data = dataclasses.replace(
+        config.data,
+        path=absolute("data.path", config.data.path),
+        outputs_path=absolute("data.outputs_path", config.data.outputs_path),
+    )
+    return dataclasses.replace(config, run_dir=absolute("run_dir", config.run_dir), data=data)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -158,7 +158,13 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class UserDone:
-    """What leaves a worker when a user is trained: counts, losses and the committed version, or why it failed."""
+    """What leaves a worker when a user is trained: counts, losses and the committed version, or why it failed.
+
+    Args:
+        version: None when it failed, and when this run had committed the user before.
+        num_splits: How often the user's pack was halved to get it through; in bf16, other shapes round differently.
+        is_retryable: The failure was not the user's own doing: another try may well succeed.
+    """
 
     user_id: str
     version: str | None
@@ -167,6 +173,13 @@ class UserDone:
     last_loss: float
     num_steps: int
     num_tokens: int
+    num_splits: int = 0
+    is_retryable: bool = False
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for what a unit yields again when it is run again."""
+        return (self.user_id,)
 
 
 @dataclass(frozen=True)
@@ -205,3 +218,8 @@ class Prediction:
     text: str
     nll: float | None = None
     label_text: str | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for what a unit yields again when it is run again."""
+        return self.arm, self.user_id, self.query_id

@@ -355,6 +355,17 @@ class Registry:
             assert fence is not None
             return Lease(user_hash, holder, fence[0], now + ttl_s)
 
+    def renew_leases(self, leases: Iterable[Lease], ttl_s: float) -> None:
+        """Move the end of leases to `ttl_s` from now; a lost one stays lost."""
+        mine = _LEASES.c.fence.in_([lease.fence for lease in leases])
+        with self._write() as connection:
+            connection.execute(sa.update(_LEASES).where(mine).values(expires_at=self._clock() + ttl_s))
+
+    def leaseholder(self, user_hash: str) -> str | None:
+        """Who has the right to train a user, if anyone."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(_LEASES.c.holder).where(_LEASES.c.user_hash == user_hash))
+
     def release_lease(self, lease: Lease) -> None:
         """Give a lease back; nothing happens if it was lost."""
         with self._write() as connection:

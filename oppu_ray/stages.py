@@ -23,14 +23,15 @@ import torch
 
 from oppu_ray import __version__
 from oppu_ray.base_model import load_base, merge_adapter
+from oppu_ray.checkpoints import remove_checkpoints
 from oppu_ray.config import Config, to_dict
-from oppu_ray.core import Prediction, TrainResult
+from oppu_ray.core import Pack, Prediction, TrainResult
 from oppu_ray.evaluation import HEURISTIC_ARMS, MODEL_ARMS, answer_by_habit, format_table, summarise
 from oppu_ray.files import write_atomic
 from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.packing import plan_packs, plan_shards, plan_user
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
-from oppu_ray.progress import progress_bar
+from oppu_ray.progress import Progress, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault
@@ -94,47 +95,61 @@ def _train_task_adapter(config: Config, index: Index, base: Any) -> TrainResult:
     personal = dataclasses.replace(config, personal=config.adapt)
     examples = [example for user in users for example in encode_user(personal, user, base)]
     work = plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
-    with progress_bar("task adapter", len(work.steps), "step") as bar:
-        (trained,) = train_pack(base.model, [work], config.adapt, lambda tokens, _: bar.advance(1, tokens))
+    with progress_bar("task adapter", len(work.steps), "step", _folder(config, ""), "adapt") as progress:
+        (trained,) = train_pack(base.model, [work], config.adapt, lambda tokens, _: progress.advance(1, tokens))
     return trained
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train one adapter per target user on that user's past alone, and commit each to the vault as it is done."""
+    """Train one adapter per target user on that user's past alone, and commit each to the vault as it is done.
+
+    Raises:
+        Interrupted: The process got SIGTERM. What is done is kept, and the stage goes on from there when run again.
+    """
     index, task_base, run_id = _plan(config)
-    packs = plan_packs(index.sizes("target"), config.personal)
-    shards = plan_shards(packs, max(1, config.workers.num_workers))
-    units = [(pack.user_ids,) for pack in sorted(packs, key=lambda pack: (-pack.num_words, pack.pack_id))]
-    failed, num_done, num_trained, num_tokens = {}, 0, 0, 0
+    shards = _shards(config, index)
+    num_users, num_packs = len(index.sizes("target")), sum(map(len, shards))
+    failed, num_trained, num_split, num_to_retry, num_tokens = {}, 0, 0, 0, 0
     with _result(config, "train") as result:
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
         Vault(_folder(config, "vault")).close()
         started = time.monotonic()
-        with progress_bar("personal adapters", len(index.sizes("target")), "user") as bar:
-            inline = {"progress": lambda tokens, _: bar.advance(0, tokens)} if not config.workers.num_workers else {}
-            for done in run_units(config, task_base, run_id, "train", units, **inline):
-                bar.advance(1, 0 if inline else done.num_tokens)
+        with (
+            stop_on_sigterm() as should_stop,
+            progress_bar("personal adapters", num_users, "user", _folder(config, ""), "train", num_packs) as progress,
+        ):
+            units = [[(pack.user_ids,) for pack in shard] for shard in shards]
+            for done in run_units(config, task_base, run_id, "train", units, progress, should_stop):
                 num_tokens += done.num_tokens
+                num_split += done.num_splits > 0
                 if done.error:
                     failed[done.user_id] = done.error
+                    num_to_retry += done.is_retryable
                 else:
-                    num_done += 1
                     num_trained += done.version is not None  # None: this run had committed the user before
-        elapsed = time.monotonic() - started
+                tokens = done.num_tokens if config.workers.num_workers else 0  # inline, steps count their tokens
+                progress.advance(0 if done.error else 1, tokens, failed=1 if done.error else 0)
+        elapsed, num_done = time.monotonic() - started, progress.num_done
+        remove_checkpoints(_folder(config, ""), run_id)
         result |= {
             "num_done": num_done,
             "num_trained": num_trained,
             "num_failed": len(failed),
+            "num_to_retry": num_to_retry,
             "failed": failed,
-            "num_packs": len(packs),
+            "num_packs": num_packs,
+            "num_split_users": num_split,
+            "num_recoveries": progress.num_recoveries,
             "shard_words": [sum(pack.num_words for pack in shard) for shard in shards],
             "num_tokens": num_tokens,
             "useful_tokens_per_s": num_tokens / elapsed,
             "users_per_hour": 3600 * num_trained / elapsed,
         }
         before = f" ({num_done - num_trained} of them before)" if num_done > num_trained else ""
+        again = f" ({num_to_retry} may succeed when run again)" if num_to_retry else ""
         print(
-            f"{num_done} users trained and committed{before}, {len(failed)} failed, {num_tokens / elapsed:.0f} tokens/s"
+            f"{num_done} users trained and committed{before}, {len(failed)} failed{again}, "
+            f"{num_tokens / elapsed:.0f} tokens/s"
         )
     return result
 
@@ -169,13 +184,13 @@ def evaluate(config: Config) -> dict[str, Any]:
         total = sum(num_queries[user_id] for users in left.values() for user_id in users)
         with (
             (folder / "predictions.jsonl").open("a", encoding="utf-8", buffering=1) as file,
-            progress_bar("answers", total, "answer") as bar,
+            progress_bar("answers", total, "answer", _folder(config, ""), "evaluate") as progress,
         ):
-            for prediction in _answers(config, index, task_base, run_id, left, user_ids):
+            for prediction in _answers(config, index, task_base, run_id, left, user_ids, progress):
                 line = {"evaluation": evaluation_id, **dataclasses.asdict(prediction)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 predictions.append(prediction)
-                bar.advance(1, 0)
+                progress.advance(1, 0)
         order = {arm: number for number, arm in enumerate(arms)}
         predictions.sort(key=lambda prediction: (order[prediction.arm], prediction.user_id))
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
@@ -185,25 +200,39 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def _answers(
-    config: Config, index: Index, task_base: Path, run_id: str, left: dict[str, list[str]], everyone: list[str]
+    config: Config,
+    index: Index,
+    task_base: Path,
+    run_id: str,
+    left: dict[str, list[str]],
+    everyone: list[str],
+    progress: Progress,
 ) -> Iterator[Prediction]:
     """Answers by arm for the users in `left`; all arms that need a model in one call, so that workers start once."""
     partner = dict(zip(everyone, [*everyone[1:], everyone[0]], strict=True))
-    size = config.personal.max_users_per_pack
-    units = []
+    shards = _shards(config, index)
+    units: list[list[tuple[Any, ...]]] = [[] for _ in shards]
     for arm, user_ids in left.items():
         if arm in HEURISTIC_ARMS:
             users = read_users(_folder(config, "prepare"), index, user_ids)
             yield from answer_by_habit(get_task(config.task), arm, users, index.labels)
         else:
-            parts = [tuple(user_ids[i : i + size]) for i in range(0, len(user_ids), size)]
-            units += [(part, arm, tuple(partner[user_id] for user_id in part)) for part in parts]
-    yield from run_units(config, task_base, run_id, "answer", units)
+            wanted = set(user_ids)
+            for shard, own in zip(shards, units, strict=True):
+                parts = [tuple(user_id for user_id in pack.user_ids if user_id in wanted) for pack in shard]
+                own += [(part, arm, tuple(partner[user_id] for user_id in part)) for part in parts if part]
+    yield from run_units(config, task_base, run_id, "answer", units, progress)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """The whole line, from raw histories to the table."""
-    return [stage(config) for stage in (prepare, adapt, train, evaluate)][-1]
+    """The whole line, from raw histories to the table; the last stage's result, and how many users failed for now."""
+    _, _, trained, evaluated = [stage(config) for stage in (prepare, adapt, train, evaluate)]
+    return {**evaluated, "num_to_retry": trained["num_to_retry"]}
+
+
+def _shards(config: Config, index: Index) -> list[list[Pack]]:
+    """Which packs of target users each worker owns: the same in every stage of a run, longest first."""
+    return plan_shards(plan_packs(index.sizes("target"), config.personal), max(1, config.workers.num_workers))
 
 
 def _plan(config: Config) -> tuple[Index, Path, str]:

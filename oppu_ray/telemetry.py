@@ -1,14 +1,17 @@
 """The names of all metrics, in one place: who exports them, who plots them and who alerts on them read this table.
 
-Plain data, no Ray: name -> kind, help text, tags and (histograms) upper bounds in seconds. A worker or replica makes
-one `ray.util.metrics` object per entry; Prometheus then sees each name with the prefix `ray_`.
+Plain data: name -> kind, help text, tags and (histograms) upper bounds in seconds. A worker or replica makes one
+`ray.util.metrics` object per entry; Prometheus then sees each name with the prefix `ray_`. `Telemetry` does so for
+training, where Ray runs.
 The decision a reader would question: no metric has a tag for the user. A user id is personal data, and one time series
 per user would sink Prometheus.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ TRAINING_METRICS = {
     "oppu_packs_done_total": Metric("counter", "Packs trained to the end", _WORKER),
     "oppu_useful_tokens_total": Metric("counter", "Tokens of committed training steps, a shared prefix once", _WORKER),
     "oppu_computed_tokens_total": Metric("counter", "Tokens computed, what a recovery repeats included", _WORKER),
-    "oppu_useful_tokens_per_s": Metric("gauge", "Useful tokens per second over the last pack", _WORKER),
+    "oppu_useful_tokens_per_s": Metric("gauge", "Useful tokens per second in the last step, 0 between packs", _WORKER),
     "oppu_train_loss": Metric("gauge", "Mean last loss of the users of the last pack, nats per token", _WORKER),
     "oppu_commit_seconds": Metric("histogram", "Time to commit one adapter to the vault", _WORKER, _SECONDS),
     "oppu_recoveries_total": Metric("counter", "Times that a worker was replaced or a pack was started again", _WORKER),
@@ -50,3 +53,39 @@ SERVING_METRICS = {
     "oppu_queue_length": Metric("gauge", "Requests that wait for a row", _REPLICA),
     "oppu_errors_total": Metric("counter", "Errors by kind", (*_REPLICA, "kind")),
 }
+
+
+class Telemetry:
+    """The training metrics of one run in one process; does nothing in a process that is not part of a Ray cluster."""
+
+    def __init__(self, run_id: str, worker: int | None = None):
+        self._tags = {"run": run_id, "worker": "" if worker is None else str(worker)}
+        self._metrics: dict[str, Any] = {}
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        from ray.util import metrics
+
+        for name, metric in TRAINING_METRICS.items():
+            options = {"boundaries": list(metric.boundaries)} if metric.boundaries else {}
+            kind = getattr(metrics, metric.kind.capitalize())
+            self._metrics[name] = kind(name, metric.description, tag_keys=metric.tags, **options)
+
+    def add(self, name: str, value: float = 1, worker: int | None = None) -> None:
+        """Count `value` more. `worker` instead of the one given at the start; zero counts nothing."""
+        if name in self._metrics and value:
+            self._metrics[name].inc(value, self._tags_of(name, worker))
+
+    def set(self, name: str, value: float) -> None:
+        """A gauge's new value."""
+        if name in self._metrics:
+            self._metrics[name].set(value, self._tags_of(name))
+
+    def observe(self, name: str, value: float) -> None:
+        """One value of a histogram."""
+        if name in self._metrics:
+            self._metrics[name].observe(value, self._tags_of(name))
+
+    def _tags_of(self, name: str, worker: int | None = None) -> dict[str, str]:
+        tags = self._tags if worker is None else {**self._tags, "worker": str(worker)}
+        return {tag: tags[tag] for tag in TRAINING_METRICS[name].tags}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +30,33 @@ HEAD_CHUNK = 256
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class UserState:
+    """A user in the middle of training: their slot of every stack with Adam's moments, and what was counted."""
+
+    tensors: dict[str, Tensor]
+    losses: tuple[float, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class PackState:
+    """A pack between two steps, after `num_steps` of them: all that `train_pack` needs to go on to the same bits.
+
+    `users` holds those still training; every other user of the pack has had their result.
+    """
+
+    num_steps: int
+    users: dict[str, UserState]
+
+
 def train_pack(
-    model: nn.Module, pack: Sequence[UserWork], config: TrainConfig, progress: Progress | None = None
+    model: nn.Module,
+    pack: Sequence[UserWork],
+    config: TrainConfig,
+    progress: Progress | None = None,
+    state: PackState | None = None,
+    between_steps: Callable[[Callable[[], PackState]], None] | None = None,
 ) -> Generator[TrainResult]:
     """Train every user of a pack from start to end.
 
@@ -39,6 +65,9 @@ def train_pack(
         pack: The users to train together.
         progress: Called after each step with the useful tokens (each shared prefix counted once) and the number of
             users still training.
+        state: Go on from here, with the same pack; users that had their result get no second one.
+        between_steps: Called between two steps, when all results so far are yielded, with a function that takes the
+            state; it may raise to stop.
 
     Yields:
         One result per user. A user whose loss or gradient is not finite gets an error instead of an adapter; the
@@ -50,7 +79,7 @@ def train_pack(
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     try:
-        yield from _train(bank, pack, config, progress)
+        yield from _train(bank, pack, config, progress, state, between_steps)
     finally:
         bank.remove()
         if config.gradient_checkpointing:
@@ -60,9 +89,14 @@ def train_pack(
 
 
 def _train(
-    bank: AdapterBank, pack: Sequence[UserWork], config: TrainConfig, progress: Progress | None
+    bank: AdapterBank,
+    pack: Sequence[UserWork],
+    config: TrainConfig,
+    progress: Progress | None,
+    state: PackState | None,
+    between_steps: Callable[[Callable[[], PackState]], None] | None,
 ) -> Generator[TrainResult]:
-    users = dict(enumerate(pack))
+    users = {slot: user for slot, user in enumerate(pack) if state is None or user.user_id in state.users}
     losses: dict[int, list[float]] = {slot: [] for slot in users}
     tokens = dict.fromkeys(users, 0)
     for slot, user in list(users.items()):
@@ -70,7 +104,11 @@ def _train(
             yield TrainResult(users.pop(slot).user_id, None, error="there is nothing to train on")
             continue
         bank.start(slot, user.peft, user.seed)
-    for step in itertools.count():
+        if state is not None:
+            before = state.users[user.user_id]
+            losses[slot], tokens[slot] = list(before.losses), before.num_tokens
+            _restore(bank, slot, before)
+    for step in itertools.count(state.num_steps if state is not None else 0):
         if not users:
             return
         step_losses, step_tokens = backward_step(bank, {s: u.steps[step] for s, u in users.items()}, config, step)
@@ -88,6 +126,31 @@ def _train(
                 yield TrainResult(user.user_id, adapter, tuple(losses[slot]), error, tokens[slot])
         if progress:
             progress(sum(step_tokens.values()), len(users))
+        if between_steps and users:
+            between_steps(
+                lambda done=step + 1: PackState(
+                    done,
+                    {  # type: ignore[misc]
+                        user.user_id: _take(bank, slot, losses[slot], tokens[slot]) for slot, user in users.items()
+                    },
+                )
+            )
+
+
+def _take(bank: AdapterBank, slot: int, losses: Sequence[float], num_tokens: int) -> UserState:
+    tensors = {
+        f"{name}.{part}": getattr(stack, part)[slot].cpu().clone()
+        for name, stack in bank.stacks().items()
+        for part in ("value", "mean", "square")
+    }
+    return UserState(tensors, tuple(losses), num_tokens)
+
+
+def _restore(bank: AdapterBank, slot: int, state: UserState) -> None:
+    for name, stack in bank.stacks().items():
+        for part in ("value", "mean", "square"):
+            getattr(stack, part)[slot] = state.tensors[f"{name}.{part}"].to(stack.value.device)
+        stack.compute[slot] = stack.value[slot].to(bank.dtype)
 
 
 def backward_step(

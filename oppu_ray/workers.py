@@ -1,8 +1,12 @@
-"""The worker: a plain class that owns a shard of users, and the two ways to run it: inline, or as Ray actors (D6).
+"""The worker: a plain class that trains, answers and commits for the users it is given (design decision D6).
 
 In: units of work, each a tuple of user ids. Out: what the units yield, as users finish. A worker reads its own users'
 histories from the prepared file, trains or answers, and commits adapters to the vault; only counts, losses and
-predictions leave it. This is the only file of the package that imports Ray.
+predictions leave it. `pool.py` runs workers as Ray actors.
+
+The decision a reader would question: a unit may be run any number of times, by any number of workers at once. What is
+committed is not trained again, a lease says whose commit counts, and a pack cut short is trained again as a whole (or
+from its checkpoint), so that its products have the same shapes and its adapters the same bits.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +25,25 @@ import torch
 
 from oppu_ray import evaluation
 from oppu_ray.base_model import Base, load_base
-from oppu_ray.config import Config, from_dict, to_dict
-from oppu_ray.core import AdapterState, Example, Prediction, UserDone, UserHistory, UserWork
+from oppu_ray.checkpoints import Checkpoint
+from oppu_ray.config import Config, to_dict
+from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDone, UserHistory, UserWork
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
 from oppu_ray.packing import encode, plan_user
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import read_index, read_users
+from oppu_ray.progress import Interrupted, Progress
+from oppu_ray.registry import Lease, Refused
 from oppu_ray.tasks import get_task
-from oppu_ray.training import train_pack
+from oppu_ray.telemetry import Telemetry
+from oppu_ray.training import PackState, train_pack
 from oppu_ray.vault import Manifest, Vault
 
+LEASE_TTL_S = 120.0
+LEASE_POLL_S = 0.5
+
+logger = logging.getLogger(__name__)
 Unit = tuple[str, ...]
 
 
@@ -51,9 +64,23 @@ def open_base(config: Config, path: Path | None = None) -> Base:
 
 
 class Worker:
-    """Trains and answers for the users it is given. `run_id` names the run in the vault; a unit may be run twice."""
+    """Trains and answers for the users it is given.
 
-    def __init__(self, config: Config, task_base: Path, run_id: str):
+    Args:
+        run_id: Names the run in the vault.
+        telemetry: Where to count; by default nowhere.
+        should_stop: Asked between steps and units. When it says yes, training leaves a checkpoint and raises
+            `Interrupted`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task_base: Path,
+        run_id: str,
+        telemetry: Telemetry | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
         if config.workers.threads:
             torch.set_num_threads(config.workers.threads)
         self.config, self.run_id = config, run_id
@@ -62,50 +89,168 @@ class Worker:
         self.task = get_task(config.task)
         self.vault = Vault(self.run_dir / "vault")
         self.task_base_path = task_base
+        self.telemetry, self.should_stop = telemetry or Telemetry(run_id), should_stop
         self._bases: dict[Path | None, Base] = {}
 
     def _base(self, path: Path | None) -> Base:
         if path not in self._bases:
             self._bases[path] = open_base(self.config, path)
+            self.telemetry.add("oppu_base_loads_total")
         return self._bases[path]
 
-    def train(self, unit: Unit, progress: Any = None) -> Iterator[UserDone]:
+    def train(self, unit: Unit, num_splits: int = 0, progress: Any = None) -> Iterator[UserDone]:
         """Train and commit a pack.
 
-        A pack that this run has committed whole is not trained again. One that was cut short is trained as a whole, so
-        that its products have the same shapes and the same bits; committing a user twice changes nothing.
+        A pack that does not get through (out of memory, say) is halved, and its halves, until a user fails alone.
+
+        Raises:
+            Interrupted: It was asked to stop; what is done is kept.
         """
-        base = self._base(self.task_base_path)
-        works, item_ids = [], {}
-        for user in read_users(self.run_dir / "prepare", self.index, unit):
-            item_ids[user.user_id] = tuple(item.item_id for item in user.items)
-            try:
-                works.append(self._work(user, base))
-            except ValueError as error:
-                yield UserDone(user.user_id, None, f"user {user.user_id!r}: {error}", 0.0, 0.0, 0, 0)
-        if self.vault.done(self.run_id, unit) == {work.user_id for work in works}:
-            yield from (UserDone(work.user_id, None, None, 0.0, 0.0, 0, 0) for work in works)
+        committed = self.vault.done(self.run_id, unit)
+        if committed == set(unit):
+            yield from map(_done_before, unit)
             return
-        config = self.config.personal
-        for result in train_pack(base.model, works, config, progress):
-            version = None
-            if result.adapter is not None:
-                manifest = Manifest(
-                    base_fingerprint=base.fingerprint,
-                    task_fingerprint="",
-                    item_ids=item_ids[result.user_id],
-                    recipe=to_dict(config),
-                    seed=user_seed(self.config.seed, result.user_id),
-                    metrics={"first_loss": result.losses[0], "last_loss": result.losses[-1]},
-                    run_id=self.run_id,
-                )
-                named = {**result.adapter.peft_config, "base_model_name_or_path": str(base.path)}
-                adapter = replace(result.adapter, peft_config=named)
-                version = self.vault.commit(result.user_id, adapter, manifest)
-            first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
-            yield UserDone(
-                result.user_id, version, result.error, first, last, len(result.losses), result.num_useful_tokens
-            )
+        leases: dict[str, Lease] = {}
+        reason = None
+        try:
+            yield from self._lease(unit, leases)  # before reading: who forgets a user ends their lease
+            base = self._base(self.task_base_path)
+            works, item_ids = [], {}
+            for user in read_users(self.run_dir / "prepare", self.index, tuple(leases)):
+                item_ids[user.user_id] = tuple(item.item_id for item in user.items)
+                try:
+                    works.append(self._work(user, base))
+                except ValueError as error:
+                    yield _failed(user.user_id, str(error))
+            left = [work.user_id for work in works]
+            if committed.issuperset(left):
+                yield from map(_done_before, left)
+                return
+            pack = self._train_pack(base, works, leases, item_ids, progress)
+            while True:
+                try:
+                    done = next(pack)
+                except StopIteration as end:
+                    reason = end.value
+                    break
+                left.remove(done.user_id)
+                yield replace(done, num_splits=num_splits)
+        finally:
+            self.telemetry.set("oppu_bank_slots_used", 0)
+            self.telemetry.set("oppu_useful_tokens_per_s", 0)
+            for lease in leases.values():
+                self.vault.registry.release_lease(lease)
+        if reason is None:
+            return
+        if len(left) == 1:
+            yield _failed(left[0], reason)
+            return
+        logger.warning("a pack of %d users is halved: %s", len(left), reason)
+        for half in (left[: len(left) // 2], left[len(left) // 2 :]):
+            yield from self.train(tuple(half), num_splits + 1, progress)
+
+    def _lease(self, unit: Unit, leases: dict[str, Lease]) -> Iterator[UserDone]:
+        """Fill `leases`; yields the users that another run keeps for longer than a lease lives."""
+        deadline = time.monotonic() + LEASE_TTL_S
+        for user_id in unit:
+            while user_id not in leases:
+                try:
+                    leases[user_id] = self.vault.lease(user_id, self.run_id, LEASE_TTL_S)
+                except Refused as refusal:
+                    if time.monotonic() >= deadline or self.should_stop():
+                        yield _failed(user_id, str(refusal), is_retryable=True)
+                        break
+                    time.sleep(LEASE_POLL_S)
+
+    def _train_pack(
+        self,
+        base: Base,
+        works: Sequence[UserWork],
+        leases: dict[str, Lease],
+        item_ids: dict[str, tuple[str, ...]],
+        progress: Any,
+    ) -> Generator[UserDone, None, str | None]:
+        """Train from the last checkpoint, if there is one. Returns why the pack did not get through, or None."""
+        user_ids = [work.user_id for work in works]
+        checkpoint = Checkpoint(self.run_dir, self.vault, self.run_id, user_ids, base.fingerprint)
+        state, finished = checkpoint.load() or (None, [])
+        yield from finished
+        stepped = saved = renewed = time.monotonic()
+        self.telemetry.set("oppu_bank_slots_used", len(works))
+
+        def step_done(num_tokens: int, num_users: int) -> None:
+            nonlocal stepped
+            now = time.monotonic()
+            self.telemetry.add("oppu_computed_tokens_total", num_tokens)
+            self.telemetry.set("oppu_useful_tokens_per_s", num_tokens / max(now - stepped, 1e-9))
+            stepped = now
+            if progress:
+                progress(num_tokens, num_users)
+
+        def between_steps(take: Callable[[], PackState]) -> None:
+            nonlocal saved, renewed
+            must_stop = self.should_stop()
+            if must_stop or time.monotonic() - saved >= self.config.workers.checkpoint_every_s:
+                checkpoint.save(take(), finished)
+                saved = time.monotonic()
+            if time.monotonic() - renewed >= LEASE_TTL_S / 4:
+                self.vault.registry.renew_leases(leases.values(), LEASE_TTL_S)
+                renewed = time.monotonic()
+            if must_stop:
+                raise Interrupted("stopped between two steps; the pack goes on from its checkpoint")
+
+        reason = None
+        try:
+            for result in train_pack(base.model, works, self.config.personal, step_done, state, between_steps):
+                done = self._finish(result, base, item_ids[result.user_id], leases)
+                finished.append(done)
+                yield done
+        except (Interrupted, ValueError):  # a ValueError speaks of the config or the base, not of a user
+            raise
+        except Exception as error:
+            reason = _reason(error)
+        checkpoint.remove()
+        if losses := [done.last_loss for done in finished if done.error is None]:
+            self.telemetry.set("oppu_train_loss", sum(losses) / len(losses))
+        return reason
+
+    def _finish(self, result: TrainResult, base: Base, item_ids: tuple[str, ...], leases: dict[str, Lease]) -> UserDone:
+        """Commit a result, under the lease that was taken before the user's history was read."""
+        first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
+        num_steps, user_id = len(result.losses), result.user_id
+        if result.adapter is None:
+            return UserDone(user_id, None, result.error, first, last, num_steps, result.num_useful_tokens)
+        manifest = Manifest(
+            base_fingerprint=base.fingerprint,
+            task_fingerprint="",
+            item_ids=item_ids,
+            recipe=to_dict(self.config.personal),
+            seed=user_seed(self.config.seed, user_id),
+            metrics={"first_loss": first, "last_loss": last},
+            run_id=self.run_id,
+        )
+        named = {**result.adapter.peft_config, "base_model_name_or_path": str(base.path)}
+        started = time.monotonic()
+        try:
+            version = self._commit(user_id, replace(result.adapter, peft_config=named), manifest, leases)
+        except ValueError as error:
+            return _failed(user_id, str(error), is_retryable=True)
+        self.telemetry.observe("oppu_commit_seconds", time.monotonic() - started)
+        return UserDone(user_id, version, None, first, last, num_steps, result.num_useful_tokens)
+
+    def _commit(self, user_id: str, adapter: AdapterState, manifest: Manifest, leases: dict[str, Lease]) -> str:
+        try:
+            return self.vault.commit(user_id, adapter, manifest, leases[user_id])
+        except Refused:
+            # Another worker of this very run may have taken the user over (the run was submitted twice): whoever
+            # comes first commits, with the same bits. But a user whom nobody holds was forgotten.
+            user_hash = self.vault.user_hash(user_id)
+            if done := self.vault.registry.unit_version(self.run_id, user_hash):
+                return done
+            if self.vault.registry.leaseholder(user_hash) != self.run_id:
+                raise
+            leases[user_id] = self.vault.lease(user_id, self.run_id, LEASE_TTL_S)
+            return self.vault.commit(user_id, adapter, manifest, leases[user_id])
 
     def _work(self, user: UserHistory, base: Base) -> UserWork:
         examples = encode_user(self.config, user, base)
@@ -136,61 +281,48 @@ def encode_user(config: Config, user: UserHistory, base: Base) -> list[Example]:
 
 
 def run_units(
-    config: Config, task_base: Path, run_id: str, method: str, units: Sequence[tuple[Any, ...]], progress: Any = None
+    config: Config,
+    task_base: Path,
+    run_id: str,
+    method: str,
+    shards: Sequence[Sequence[tuple[Any, ...]]],
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Any]:
-    """Run `Worker.<method>(*unit)` for every unit and yield what they yield, as it comes.
+    """Run `Worker.<method>(*unit)` for every unit of every shard and yield what they yield, each result once.
 
-    With `workers.num_workers` 0 in this process, in order; otherwise on that many Ray actors, each taking the next unit
-    when it is done with one. The results are the same; their order is not.
+    With `workers.num_workers` 0 in this process, in order; otherwise on that many Ray actors, each of which owns a
+    shard. The results are the same; their order is not.
+
+    Raises:
+        Interrupted: `should_stop` said yes; what is done is kept.
     """
-    if config.workers.num_workers == 0:
-        worker = Worker(config, task_base, run_id)
-        for unit in units:
-            yield from getattr(worker, method)(*unit, progress=progress)
-    else:
-        yield from _run_on_ray(config, task_base, run_id, method, units)
+    progress = progress or Progress()
+    if config.workers.num_workers:
+        from oppu_ray.pool import run_on_ray  # which imports this file, and Ray
+
+        yield from run_on_ray(config, task_base, run_id, method, shards, progress, should_stop)
+        return
+    worker = Worker(config, task_base, run_id, should_stop=should_stop)
+    options = {"progress": lambda tokens, _: progress.advance(0, tokens)} if method == "train" else {}
+    for unit in (unit for shard in shards for unit in shard):
+        if should_stop():
+            raise Interrupted("stopped between two packs")
+        yield from getattr(worker, method)(*unit, **options)
+        progress.pack_done()
 
 
-def _run_on_ray(
-    config: Config, task_base: Path, run_id: str, method: str, units: Sequence[tuple[Any, ...]]
-) -> Iterator[Any]:
-    import ray
-
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
-    workers = config.workers
-    threads = {} if workers.threads else {"OMP_NUM_THREADS": str(max(1, int(workers.cpus_per_worker)))}
-    actor_class: Any = ray.remote(_RayWorker).options(
-        num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, runtime_env={"env_vars": threads}
-    )
-    num_actors = min(workers.num_workers, len(units))
-    actors = [actor_class.remote(to_dict(config), str(task_base), run_id) for _ in range(num_actors)]
-    waiting = list(reversed(units))
-    running: dict[Any, Any] = {}
-    try:
-        for actor in actors:
-            running[actor.run.remote(method, waiting.pop())] = actor
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
-            stream: Any = ready[0]
-            try:
-                yield ray.get(next(stream))
-            except StopIteration:
-                actor = running.pop(stream)
-                if waiting:
-                    running[actor.run.remote(method, waiting.pop())] = actor
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+def _done_before(user_id: str) -> UserDone:
+    return UserDone(user_id, None, None, 0.0, 0.0, 0, 0)
 
 
-class _RayWorker:
-    """`Worker` as an actor: plain data in, a stream of results out."""
+def _failed(user_id: str, reason: str, is_retryable: bool = False) -> UserDone:
+    return UserDone(user_id, None, f"user {user_id!r}: {reason}", 0.0, 0.0, 0, 0, is_retryable=is_retryable)
 
-    def __init__(self, config: dict[str, Any], task_base: str, run_id: str):
-        self.worker = Worker(from_dict(config), Path(task_base), run_id)
 
-    def run(self, method: str, unit: tuple[Any, ...]) -> Iterator[Any]:
-        for result in getattr(self.worker, method)(*unit):  # noqa: UP028 (Ray sends values in; a list refuses them)
-            yield result
+def _reason(error: Exception) -> str:
+    """What went wrong in training, without the error's own words: they might quote a history."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in training ({Path(place.filename).name}, line {place.lineno})"

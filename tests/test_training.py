@@ -304,3 +304,22 @@ def test_the_learning_rate_warms_up_and_decays_and_is_never_zero(schedule: str) 
 def test_an_unknown_schedule_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'stairs' is unknown; expected linear, cosine or constant"):
         learning_rate(TrainConfig(schedule="stairs", warmup_share=0.0), 0, 3)
+
+
+def test_a_pack_goes_on_from_any_step_to_the_same_bits() -> None:
+    dropping = replace(LORA, dropout=0.3)
+    pack, states = make_pack((dropping, RS_LORA, WIDE_LORA, IA3, PROMPT)), []
+    whole = {
+        one.user_id: one
+        for one in train_pack(tiny_model(), pack, TRAIN, between_steps=lambda take: states.append(take()))
+    }
+    assert [state.num_steps for state in states] == list(range(1, max(len(user.steps) for user in pack)))
+    for state in states:
+        on = {one.user_id: one for one in train_pack(tiny_model(), pack, TRAIN, state=state)}
+        assert set(on) == set(state.users) == {u.user_id for u in pack if len(u.steps) > state.num_steps}
+        for user in (user for user in pack if user.user_id in on):
+            assert same_bits(trained(on, user), trained(whole, user))
+            assert (on[user.user_id].losses, on[user.user_id].num_useful_tokens) == (
+                whole[user.user_id].losses,
+                whole[user.user_id].num_useful_tokens,
+            )

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from line_tools import chat_user, oppu, tagging_user, write_config, write_users
+from reference import difference
 from tiny import tiny_base
 from vault_tools import same
 
-from oppu_ray import workers
+from oppu_ray import training, workers
 from oppu_ray.base_model import Base, fingerprint_model
 from oppu_ray.config import Config, load_config, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, UserHistory
+from oppu_ray.forget import forget_user
+from oppu_ray.pool import RayWorker
+from oppu_ray.progress import Interrupted, Progress
 from oppu_ray.vault import Manifest
-from oppu_ray.workers import Worker, _RayWorker, run_units, user_seed
+from oppu_ray.workers import Worker, run_units, user_seed
 
 USERS = ("user-0", "user-1", "user-2")
 
@@ -162,8 +167,8 @@ def test_the_actor_is_the_worker_and_takes_what_ray_sends(tmp_path: Path, taggin
     config, base = tagging
     (tmp_path / "prepare").symlink_to(Path(config.run_dir) / "prepare")
     config = replace(config, run_dir=str(tmp_path))
-    inline = {one.user_id: replace(one, version=None) for one in run_units(config, base, "a", "train", [(USERS,)])}
-    actor = _RayWorker(json.loads(json.dumps(to_dict(config))), str(base), "b")
+    inline = {one.user_id: replace(one, version=None) for one in run_units(config, base, "a", "train", [[(USERS,)]])}
+    actor = RayWorker(json.loads(json.dumps(to_dict(config))), str(base), "b", 0)
     stream = actor.run("train", (USERS,))
     done = [next(stream), stream.send("anything"), *stream]  # type: ignore[attr-defined]
     assert {one.user_id: replace(one, version=None) for one in done} == inline
@@ -177,8 +182,130 @@ def test_inline_units_run_in_order_and_report_progress(tmp_path: Path) -> None:
         tmp_path, base, write_users(tmp_path / "u.jsonl", [chat_user(i) for i in range(3)]), "chat_reply"
     )
     oppu("prepare", path)
-    config, tokens = load_config(path), []
-    units = [(("user-2", "user-0"),), (("user-1",),)]
-    done = list(run_units(config, base, "run", "train", units, progress=lambda count, _: tokens.append(count)))
+    config, progress = load_config(path), Progress()
+    shards = [[(("user-2", "user-0"),)], [(("user-1",),)]]
+    done = list(run_units(config, base, "run", "train", shards, progress))
     assert {one.user_id for one in done[:2]} == {"user-0", "user-2"} and done[2].user_id == "user-1"
-    assert sum(tokens) == sum(one.num_tokens for one in done)
+    assert progress.num_tokens == sum(one.num_tokens for one in done) and progress.num_packs_done == 2
+
+
+def rows(worker: Worker, user_id: str) -> list[str]:
+    """Which runs have committed the user, oldest first."""
+    return [row.run_id for row in worker.vault.registry.versions(worker.vault.user_hash(user_id))]
+
+
+def test_a_committed_pack_opens_no_base_and_reads_no_history(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(worker_of("run").train(USERS))
+    monkeypatch.setattr(workers, "open_base", None)
+    monkeypatch.setattr(workers, "read_users", None)
+    assert {one.user_id: one.error for one in worker_of("run").train(USERS)} == dict.fromkeys(USERS)
+
+
+def test_two_workers_of_one_run_on_the_same_pack_commit_each_user_once(worker_of: Callable[[str], Worker]) -> None:
+    alone, one, two = worker_of("alone"), worker_of("run"), worker_of("run")
+    list(alone.train(USERS))
+    first = one.train(USERS)
+    done_by_one = [next(first)]  # the first user is committed, then somebody submits the run again
+    second = two.train(USERS)
+    done_by_two = [next(second)]
+    done_by_one += list(first)  # whose leases the second has taken over
+    done_by_two += list(second)
+    assert {done.user_id: done.error for done in done_by_one} == dict.fromkeys(USERS)
+    assert {done.user_id: done.version for done in done_by_one} == {done.user_id: done.version for done in done_by_two}
+    for user_id in USERS:
+        assert rows(one, user_id) == ["alone", "run"] and same(adapter(one, user_id)[0], adapter(alone, user_id)[0])
+
+
+def test_another_run_keeps_its_users_to_itself_until_it_is_done(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "LEASE_POLL_S", 0.01)
+    busy, late = worker_of("busy"), worker_of("late")
+    training = busy.train(USERS[:2])
+    next(training)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "LEASE_TTL_S", 0.1)  # it waits for as long as a lease of a dead worker would live
+        refused = {one.user_id: one for one in late.train(USERS)}
+    assert [user_id for user_id in USERS if refused[user_id].is_retryable] == list(USERS[:2])
+    assert "leased to busy" in str(refused["user-0"].error) and refused["user-2"].error is None
+    list(training)
+    assert {one.user_id: one.error for one in late.train(USERS)} == dict.fromkeys(USERS)
+    assert [rows(late, user_id) for user_id in USERS] == [["busy", "late"], ["busy", "late"], ["late"]]
+
+
+def test_a_user_forgotten_while_in_training_does_not_come_back(worker_of: Callable[[str], Worker]) -> None:
+    worker = worker_of("run")
+    worker.vault.add_users(USERS)
+    training = worker.train(USERS)
+    done = [next(training)]
+    forgotten = next(user_id for user_id in USERS if user_id != done[0].user_id)
+    forget_user(worker.vault, forgotten)
+    done += list(training)
+    assert {one.user_id for one in done if one.error is None} == set(USERS) - {forgotten}
+    assert "lost" in next(one.error or "" for one in done if one.user_id == forgotten)
+    assert not worker.vault.registry.has_user(worker.vault.user_hash(forgotten))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (IndexError("the secret words"), "IndexError in training (test_workers.py"),
+    ],
+)
+def test_a_pack_that_does_not_get_through_is_halved_until_the_user_at_fault_fails_alone(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    whole, worker, train_pack = worker_of("whole"), worker_of("run"), workers.train_pack
+    list(whole.train(USERS))
+    packs: list[tuple[str, ...]] = []
+
+    def train(model: Any, works: Any, *rest: Any) -> Iterator[Any]:
+        packs.append(tuple(work.user_id for work in works))
+        if "user-1" in packs[-1]:
+            raise error
+        yield from train_pack(model, works, *rest)
+
+    monkeypatch.setattr(workers, "train_pack", train)
+    done = {one.user_id: one for one in worker.train(USERS)}
+    assert packs == [USERS, ("user-0",), ("user-1", "user-2"), ("user-1",), ("user-2",)]
+    assert str(done["user-1"].error).startswith(f"user 'user-1': {reason}") and "secret" not in str(done)
+    assert [done[user_id].num_splits for user_id in ("user-0", "user-2")] == [1, 2]
+    for user_id in ("user-0", "user-2"):
+        assert difference(adapter(worker, user_id)[0], adapter(whole, user_id)[0]) < 1e-5  # other shapes, other bits
+    assert worker.vault.registry.leaseholder(worker.vault.user_hash("user-1")) is None
+
+
+def test_a_worker_told_to_stop_leaves_a_checkpoint_and_the_next_goes_on_from_it(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = worker_of("whole"), worker_of("run")
+    list(whole.train(USERS))
+    stopped.should_stop = lambda: True
+    with pytest.raises(Interrupted):
+        list(stopped.train(USERS))
+    (steps,) = (stopped.run_dir / "checkpoints").glob("run-*/*")
+    assert steps.name == "00000001" and not stopped.vault.done("run", USERS)
+    begun: list[int] = []
+    backward_step = training.backward_step
+    monkeypatch.setattr(training, "backward_step", lambda *a: begun.append(a[3]) or backward_step(*a))
+    resumed = worker_of("run")
+    done = list(resumed.train(USERS))
+    assert begun == [1] and {one.num_steps for one in done} == {2}
+    assert not list((stopped.run_dir / "checkpoints").iterdir())
+    for user_id in USERS:
+        assert same(adapter(resumed, user_id)[0], adapter(whole, user_id)[0])
+
+
+def test_a_commit_that_fails_is_the_failure_of_its_user_and_may_succeed_later(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of("run")
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.vault, "commit", lambda *_: (_ for _ in ()).throw(ValueError("could not commit: full")))
+        done = list(worker.train(USERS))
+    assert {one.is_retryable for one in done} == {True} and {one.version for one in done} == {None}
+    assert {one.error for one in worker.train(USERS)} == {None}

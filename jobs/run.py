@@ -1,0 +1,8 @@
+"""The whole line as a job: `ray job submit --working-dir . -- python -m jobs.run jobs/configs/demo.yaml`."""
+
+import sys
+
+from oppu_ray.cli import job
+
+if __name__ == "__main__":
+    sys.exit(job("run"))

@@ -1,0 +1,62 @@
+"""Faults on demand: a test puts what shall happen at which step into a run's folder, and a worker does it there, once.
+
+`python -m faults train CONFIG ...` is `oppu train CONFIG ...` with such workers, for the tests that kill the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from oppu_ray import pool, training
+from oppu_ray.cli import main
+
+
+class FaultyWorker(pool.RayWorker):
+    """A worker that notes its steps, and in front of a step does what the file `faults/<shard>-<step>` says."""
+
+    def __init__(self, config: dict[str, Any], task_base: str, run_id: str, number: int):
+        super().__init__(config, task_base, run_id, number)
+        folder, backward_step = Path(config["run_dir"]) / "faults", training.backward_step
+
+        def faulty(bank: Any, examples: Any, train_config: Any, step: int = 0) -> Any:
+            with open(folder / "steps", "a") as file:
+                file.write(f"{number}-{step}\n")
+            fault = folder / f"{number}-{step}"
+            if fault.exists():
+                action = fault.read_text()
+                fault.unlink()
+                if action == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif action == "terminate":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif action == "wait":
+                    (folder / f"{number}-waits").touch()
+                    until((folder / "go").exists)
+                else:
+                    raise MemoryError
+            return backward_step(bank, examples, train_config, step)
+
+        training.backward_step = faulty
+
+
+def until(condition: Callable[[], Any], deadline_s: float = 120.0) -> Any:
+    """Polls until the condition holds, and returns it."""
+    end = time.monotonic() + deadline_s
+    while not (held := condition()):
+        assert time.monotonic() < end, "waited for too long"
+        time.sleep(0.05)
+    return held
+
+
+if __name__ == "__main__":
+    from faults import FaultyWorker as ImportableWorker  # not __main__'s, which no worker could import
+
+    pool.RayWorker = ImportableWorker  # type: ignore[misc]
+    pool.HEAD_LOST_AFTER_S = 3.0
+    sys.exit(main(sys.argv[1:]))

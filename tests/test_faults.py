@@ -1,0 +1,246 @@
+"""Whatever dies on the way: the adapters are those of a run without faults, to the bit, and each user is done once.
+
+The last two tests take the cluster apart, so the order of this file matters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from faults import FaultyWorker, until
+from line_tools import adapters, oppu, result, run_dir, tagging_user, write_config, write_users
+from ray.cluster_utils import Cluster
+from tiny import tiny_base
+
+from oppu_ray import pool
+from oppu_ray.cli import main
+from oppu_ray.progress import read_status
+from oppu_ray.vault import Vault
+
+ROOT = Path(__file__).resolve().parents[1]
+CANARY = "xyzzyplugh"
+USERS = [f"user-{i}" for i in range(4)]
+FOUR_STEPS = ("personal.max_steps=4", "workers.num_workers=2", "workers.checkpoint_every_s=1000")
+
+
+@dataclass
+class Run:
+    """A run that is prepared and adapted: two packs of two users, each a shard of its own."""
+
+    config: Path
+
+    @property
+    def folder(self) -> Path:
+        return run_dir(self.config)
+
+    def fault(self, shard: int, step: int, action: str) -> None:
+        (self.folder / "faults" / f"{shard}-{step}").write_text(action)
+
+    def steps(self, shard: int) -> list[int]:
+        """The steps that workers of a shard began, in order."""
+        lines = (self.folder / "faults" / "steps").read_text().split()
+        return [int(line.partition("-")[2]) for line in lines if line.startswith(f"{shard}-")]
+
+    def train(self, *overrides: str) -> int:
+        return main(["train", str(self.config), *FOUR_STEPS, *overrides])
+
+    def start(self, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+        """The same in a process of its own."""
+        command = [sys.executable, "-m", "faults", "train", str(self.config), *FOUR_STEPS, *overrides]
+        with open(self.folder / "driver.log", "a") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log, text=True)
+
+    def versions(self) -> dict[str, int]:
+        vault = Vault(self.folder / "vault")
+        counts = {user_id: len(vault.registry.versions(vault.user_hash(user_id))) for user_id in USERS}
+        vault.close()
+        return counts
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run without faults, in this process."""
+    folder = tmp_path_factory.mktemp("inline")
+    base = tiny_base(folder / "base")
+    users = [tagging_user(i, canary=CANARY) for i in range(4)] + [tagging_user(8, role="base")]
+    config = write_config(folder, base, write_users(folder / "users.jsonl", users))
+    oppu("prepare", config)
+    oppu("adapt", config)
+    oppu("train", config, "personal.max_steps=4")
+    return Run(config)
+
+
+@pytest.fixture
+def run(inline: Run, tmp_path: Path) -> Run:
+    """The same run elsewhere, not yet trained."""
+    text = inline.config.read_text().replace(str(inline.folder), str(tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text(text)
+    shutil.copytree(inline.folder / "prepare", tmp_path / "run" / "prepare")
+    shutil.copytree(inline.folder / "adapt", tmp_path / "run" / "adapt")
+    (tmp_path / "run" / "faults").mkdir()
+    return Run(tmp_path / "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head of two cores that keeps its state on disk."""
+    with tempfile.TemporaryDirectory(prefix="oppu-ray-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("RAY_gcs_storage", "rocksdb")
+        patch.setenv("RAY_gcs_storage_path", f"{folder}/gcs")
+        head = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_dashboard": False, "temp_dir": folder}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster.folder = Path(folder)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        ray.init(log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def faulty_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "RayWorker", FaultyWorker)
+    monkeypatch.setattr(pool, "ADOPT_AFTER_S", 1000.0)  # on a machine that is busy, a new worker may take minutes
+
+
+def check(run: Run, inline: Run) -> dict[str, Any]:
+    """All users are there, once, with the adapters of the run without faults, and nothing is left over."""
+    assert adapters(run.config) == adapters(inline.config)
+    assert run.versions() == dict.fromkeys(USERS, 1)
+    assert not list(run.folder.glob("checkpoints/*"))
+    trained = result(run.config, "train")
+    assert (trained["num_done"], trained["failed"]) == (4, {})
+    assert read_status(run.folder)["state"] == "done"
+    return trained
+
+
+def test_workers_killed_in_every_step_of_a_run(cluster: Cluster, run: Run, inline: Run) -> None:
+    for shard, step in ((0, 0), (0, 1), (1, 2), (1, 3)):
+        run.fault(shard, step, "kill")
+    assert run.train() == 0
+    assert check(run, inline)["num_recoveries"] == 4
+    assert run.steps(0) == [0, 0, 1, 0, 1, 2, 3] and run.steps(1) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
+    logs = [path.read_bytes() for path in cluster.folder.rglob("logs/*") if path.is_file()]
+    assert logs and not any(CANARY.encode() in log for log in logs)
+
+
+def test_a_lost_worker_goes_on_from_its_checkpoint(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(0, 2, "kill")
+    run.fault(1, 1, "terminate")  # which ends it after the step, with a checkpoint whatever the interval
+    assert run.train("workers.checkpoint_every_s=0") == 0
+    assert check(run, inline)["num_recoveries"] == 2
+    assert run.steps(0) == [0, 1, 2, 2, 3] and run.steps(1) == [0, 1, 2, 3]
+
+
+def test_a_pack_that_costs_too_many_workers_is_given_up_until_the_run_is_started_again(
+    cluster: Cluster, run: Run, inline: Run
+) -> None:
+    for step in range(pool.MAX_DEATHS):
+        run.fault(1, step, "kill")
+    assert run.train() == 1
+    trained = result(run.config, "train")
+    assert trained["failed"] == {u: f"user {u!r}: their pack cost 3 workers and was given up" for u in USERS[2:]}
+    assert (trained["num_done"], trained["num_to_retry"], trained["num_recoveries"]) == (2, 2, 3)
+    assert run.versions() == {"user-0": 1, "user-1": 1, "user-2": 0, "user-3": 0}
+    assert run.train() == 0
+    assert check(run, inline)["num_trained"] == 2 and run.steps(0) == [0, 1, 2, 3]
+
+
+def test_a_pack_out_of_memory_is_halved_and_the_result_says_so(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(1, 1, "out of memory")
+    assert run.train() == 0
+    trained = result(run.config, "train")
+    assert (trained["num_done"], trained["num_split_users"], trained["num_recoveries"]) == (4, 2, 0)
+    assert run.versions() == dict.fromkeys(USERS, 1)
+    mine, theirs = adapters(run.config), adapters(inline.config)
+    assert [user_id for user_id in USERS if mine[user_id] != theirs[user_id]] == USERS[2:]  # other shapes, other bits
+    assert run.steps(1) == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_a_driver_that_is_killed_or_told_to_end(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(0, 1, "wait")
+    run.fault(1, 1, "wait")
+    driver = run.start()
+    until(lambda: len(list(run.folder.glob("faults/?-waits"))) == 2)
+    assert read_status(run.folder)["state"] == "running"
+    driver.terminate()
+    until(lambda: b"stopping" in (run.folder / "driver.log").read_bytes())
+    (run.folder / "faults" / "go").touch()
+    assert driver.wait() == 3 and read_status(run.folder)["state"] == "interrupted"
+    assert len(list(run.folder.glob("checkpoints/*/00000002/pack.json"))) == 2
+    for path in run.folder.glob("faults/?-waits"):
+        path.unlink()
+    run.fault(0, 3, "wait")
+    (run.folder / "faults" / "go").unlink()
+    driver = run.start()
+    until((run.folder / "faults" / "0-waits").exists)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    assert run.train() == 0
+    check(run, inline)
+    assert run.steps(0) == [0, 1, 2, 3, 2, 3]
+    assert "run the same again to continue" in (run.folder / "driver.log").read_text()
+
+
+def test_requests_and_replies_lost_between_driver_and_workers(cluster: Cluster, run: Run, inline: Run) -> None:
+    lost = {"num_failures": 6, "req_failure_prob": 50, "resp_failure_prob": 50, "in_flight_failure_prob": 0}
+    failures = {"CoreWorkerService.grpc_client.PushTask": lost}
+    assert run.start(RAY_testing_rpc_failure=json.dumps(failures)).wait() == 0
+    check(run, inline)
+
+
+def test_the_clusters_head_process_restarts_in_the_middle(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(0, 1, "wait")
+    driver = run.start()
+    until((run.folder / "faults" / "0-waits").exists)
+    cluster.head_node.kill_gcs_server()
+    (run.folder / "faults" / "go").touch()
+    cluster.head_node.start_gcs_server()
+    assert driver.wait() == 0
+    check(run, inline)
+
+
+def test_a_lost_node_with_no_room_elsewhere(
+    cluster: Cluster, run: Run, inline: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "ADOPT_AFTER_S", 1.0)
+    node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    run.fault(0, 0, "wait")
+    run.fault(1, 0, "wait")
+
+    def lose_the_node(_: Any) -> None:
+        if len(list(run.folder.glob("faults/?-waits"))) == 2 and node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+            (run.folder / "faults" / "go").touch()
+
+    monkeypatch.setattr(pool._Pool, "_check_head", lose_the_node)  # called in every turn of the driver's loop
+    assert run.train("workers.cpus_per_worker=2") == 0
+    assert check(run, inline)["num_recoveries"] == 1
+
+
+def test_a_cluster_without_a_head_ends_the_driver_and_the_run_goes_on_elsewhere(
+    cluster: Cluster, run: Run, inline: Run
+) -> None:
+    run.fault(0, 1, "wait")
+    driver = run.start()
+    until((run.folder / "faults" / "0-waits").exists)
+    ray.shutdown()
+    cluster.head_node.kill_gcs_server()
+    assert driver.wait() == 4
+    (run.folder / "faults" / "go").touch()
+    assert "does not answer; run the same again" in (run.folder / "driver.log").read_text()
+    assert run.train("workers.num_workers=0") == 0
+    check(run, inline)

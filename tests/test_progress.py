@@ -1,0 +1,62 @@
+"""The status of a run as another process sees it, and what a signal does to a stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from oppu_ray import progress as module
+from oppu_ray.cli import main
+from oppu_ray.progress import Interrupted, format_status, progress_bar, read_status, stop_on_sigterm
+
+
+def test_the_status_counts_and_says_how_the_stage_ended(tmp_path: Path) -> None:
+    with progress_bar("users", 4, "user", tmp_path, "train", num_packs=2) as progress:
+        assert read_status(tmp_path)["state"] == "running"
+        progress.advance(1, 100)
+        progress.advance(0, 20, failed=1)
+        progress.pack_done()
+        progress.recovered("worker 1 is lost")
+        progress.write("running")
+        status = read_status(tmp_path)
+        assert [status[key] for key in ("stage", "total", "done", "failed", "left")] == ["train", 4, 1, 1, 2]
+        assert [status[key] for key in ("packs", "packs_done", "recoveries", "tokens")] == [2, 1, 1, 120]
+        assert status["pid"] == os.getpid() and status["tokens_per_s"] > 0 and status["eta_s"] > 0
+        text = format_status(status)
+        assert "1 of 4 users done, 1 failed, 2 to do, about" in text and "1 of 2 packs, 120 tokens" in text
+    assert read_status(tmp_path)["state"] == "done"
+    for error, state in ((Interrupted, "interrupted"), (KeyboardInterrupt, "interrupted"), (RuntimeError, "failed")):
+        with pytest.raises(error), progress_bar("users", 1, "user", tmp_path, "train"):
+            raise error
+        assert read_status(tmp_path)["state"] == state
+
+
+def test_a_running_status_that_grew_old_is_called_silent(tmp_path: Path) -> None:
+    with progress_bar("users", 4, "user", tmp_path, "train"):
+        status = json.loads((tmp_path / module.STATUS_NAME).read_text())
+    assert "silent" in format_status({**status, "state": "running", "seconds_ago": 100.0})
+    assert "silent" not in format_status({**status, "state": "done", "seconds_ago": 100.0})
+
+
+def test_oppu_status_reads_a_folder_or_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(f"run_dir: {tmp_path}/run")
+    (tmp_path / "run").mkdir()
+    assert main(["status", str(tmp_path / "run")]) == 2 and "expected the folder of a run" in capsys.readouterr().err
+    with progress_bar("answers", 3, "answer", tmp_path / "run", "evaluate") as progress:
+        progress.advance(3, 0)
+    for place in ("run", "config.yaml"):
+        assert main(["status", str(tmp_path / place), "--watch"]) == 0  # it has ended, so there is no more to watch
+        assert "evaluate: done" in capsys.readouterr().out
+
+
+def test_sigterm_asks_and_then_is_what_it_was_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_sigterm() as should_stop:
+        assert not should_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert should_stop()
+    assert signal.getsignal(signal.SIGTERM) is before
