@@ -78,11 +78,11 @@ def export_user(vault: Vault, user: str, path: Path) -> None:
     vault.registry.record("export", user_hash, {"sha256": sha256(packed.getvalue())})
 
 
-def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str) -> str | None:
+def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | None) -> str | None:
     """Make a new user from an archive; returns the adapter's version here, or None if it holds no adapter.
 
     Who the archive is for is said by `user`, never by the archive. All of it is checked before anything is written, and
-    it appears in the vault in one rename.
+    it appears in the vault in one rename. `base_fingerprint` None takes any base (for a vault that has none yet).
 
     Raises:
         ValueError: The user exists, the archive is not one of ours, is damaged or hostile, or is for another base.
@@ -95,7 +95,7 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str) -
     blobs = {name.removeprefix(BLOBS): data for name, data in entries.items() if name.startswith(BLOBS)}
     files = {name.removeprefix(ADAPTER): data for name, data in entries.items() if name.startswith(ADAPTER)}
     manifest = decode_manifest(entries[MANIFEST_NAME]) if MANIFEST_NAME in entries else None
-    if manifest is not None and manifest.base_fingerprint != base_fingerprint:
+    if manifest is not None and base_fingerprint not in (None, manifest.base_fingerprint):
         raise ValueError(f"{path}: adapter is for base {manifest.base_fingerprint}, this is base {base_fingerprint}")
     if files.keys() != (set() if manifest is None else manifest.checksums.keys()):
         raise CorruptError(f"{path}: has adapter files {sorted(files)}, its manifest names others")

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from oppu_ray import users
 from oppu_ray.config import load_config, located, to_dict
 from oppu_ray.progress import ClusterLost, Interrupted, format_status, read_status
 
@@ -62,10 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     cluster.add_argument("--port", type=int, default=6379)
     cluster.add_argument("--dashboard-port", type=int, default=8265)
     commands.add_parser("doctor", help="what is installed, what is missing, how to get it")
+    users.add_parsers(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command == "bench":
             return subprocess.call([sys.executable, "-m", "jobs.bench_train", *options.rest], cwd=DEMO.parents[2])
+        if options.command in ("users", "token"):
+            return users.main(options)
         if options.command == "doctor":
             return _doctor()
         if options.command == "plan":

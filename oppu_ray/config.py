@@ -118,6 +118,19 @@ class WorkersConfig:
 
 
 @dataclass(frozen=True)
+class VaultConfig:
+    """Where users are kept. `path` "" is `<run_dir>/vault`, `registry_url` "" an SQLite file in it.
+
+    `encrypt` seals a new vault's files with a key per user. The config is printed: a password of PostgreSQL belongs in
+    its own `~/.pgpass`, not in the URL.
+    """
+
+    path: str = ""
+    registry_url: str = ""
+    encrypt: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole run. Outputs go to `run_dir`; `preset` fills in a published recipe under the file's own keys."""
 
@@ -131,6 +144,7 @@ class Config:
     personal: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    vault: VaultConfig = field(default_factory=VaultConfig)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -194,7 +208,7 @@ def from_overrides(default: T, overrides: Sequence[str]) -> T:
 
 
 def located(config: Config) -> Config:
-    """The config with `run_dir` and the data's paths made absolute, taken from `$OPPU_ROOT`, else from here.
+    """The config with the paths of run, data and vault made absolute, taken from `$OPPU_ROOT`, else from here.
 
     Raises:
         ValueError: A path is relative, and here is the temporary copy of the code that a Ray job runs in.
@@ -215,7 +229,8 @@ def located(config: Config) -> Config:
         path=absolute("data.path", config.data.path),
         outputs_path=absolute("data.outputs_path", config.data.outputs_path),
     )
-    return dataclasses.replace(config, run_dir=absolute("run_dir", config.run_dir), data=data)
+    vault = dataclasses.replace(config.vault, path=absolute("vault.path", config.vault.path))
+    return dataclasses.replace(config, run_dir=absolute("run_dir", config.run_dir), data=data, vault=vault)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 In: a user id, maybe item ids, and folders outside the vault (runs, caches) that may speak of them. Out: a signed
 `Receipt`, and the proof by scan. No other user's adapter changes or need be trained again: an adapter is a function of
 the base, the task adapter, its user's own items and a seed (design decision D3), and its manifest lists those items.
-A task adapter is shared: whose histories it was trained on must be asked of the run that made it.
+Only a base user is in what others stand on: with one of them a run loses its task base, and must `adapt` again.
 
-A reader might question that a receipt names items by keyed hashes: it must not keep what was forgotten.
+A reader might question that a receipt names items by keyed hashes: it must not keep what was forgotten. By these the
+next `prepare` leaves out again what the source still has.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from oppu_ray.core import UserHistory
+from oppu_ray.prepared import INDEX_NAME, USERS_NAME, Keep, forget_prepared, read_index, read_users
 from oppu_ray.registry import UserHash, Version
 from oppu_ray.vault import (
     CorruptError,
@@ -37,6 +41,9 @@ from oppu_ray.vault import (
     sync_folder,
     write_file,
 )
+
+Gone = Callable[[str], bool]
+"""Whether an item is forgotten, by its id."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class Receipt:
 def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receipt:
     """Remove all of a user: registry rows first (no one can load them any more), then the key, then the files.
 
-    In `folders`, what is named by the user's hash goes, and every line of a `.jsonl[.gz]` file with their `user_id`.
+    In `folders` go: what is named by the user's hash, checkpoints they are in, their part of prepared histories, and
+    every line of a `.jsonl[.gz]` file with their `user_id`, or with an answer of their adapter to another's query.
     After a crash in the middle, call it again.
 
     Raises:
@@ -76,11 +84,11 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
     user_hash = vault.user_hash(user)
     folder, key = vault.user_folder(user_hash), vault.user_folder(user_hash, "keys")
     was_begun = any(entry.action == "forget" for entry in vault.registry.audit_log(user_hash))
-    if not (vault.registry.has_user(user_hash) or folder.exists() or was_begun):
-        raise ValueError(f"user {user_hash[:12]}: no such user")
+    is_known = vault.registry.has_user(user_hash) or folder.exists() or was_begun
     before = _inventory(vault, user_hash)
     with disk_errors(user_hash, "forget"):
-        step(vault.registry.delete_user, user_hash)
+        if is_known:
+            step(vault.registry.delete_user, user_hash)
         if key.exists():
             remove(key)
         if os.path.lexists(folder):  # one rename, so that a crash leaves no half folder under the user's name
@@ -88,7 +96,11 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
             sync_folder(folder.parent)
         for path in vault.root.glob(f"tmp/{user_hash}-*"):
             remove(path)
-        removed = before + [change for outside in folders for change in _forget_outside(vault, user_hash, outside)]
+        removed = before + [
+            change for top in folders for change in _forget_outside(vault, user_hash, top, None, is_known)
+        ]
+    if not (is_known or removed):
+        raise ValueError(f"user {user_hash[:12]}: no such user")
     return _receipt(vault, user_hash, (), before, removed, needs_training=False)
 
 
@@ -96,7 +108,7 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
     """Remove items from a user's history, and everything that was made from them.
 
     Adapter versions trained on them go (a version not trained on them takes over, if there is one), and so do running
-    leases, profile and index, what is quarantined, and in `folders` checkpoints and lines as in `forget_user`.
+    leases, profile and index, what is quarantined, and in `folders` what `forget_user` names, but for other items.
 
     Raises:
         ValueError: No such user or item, the history is corrupt, or a file could not be removed.
@@ -107,6 +119,8 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
     seen = {row.version: _items_of(vault, row) for row in rows}
     segments = vault.history_segments(user_hash)
     known = {item.item_id for segment in segments for item in segment}.union(*(ids for ids in seen.values() if ids))
+    prepared = [user for top in folders for user in _prepared(vault, user_hash, top)]
+    known |= {item.item_id for user in prepared for item in (*user.items, *user.queries)}
     if unknown := sorted(items - known):
         raise ValueError(f"user {user_hash[:12]}: has no item {unknown[0]!r}")
     gone = {version for version, ids in seen.items() if ids is None or ids & items}
@@ -118,7 +132,7 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
         made_from_them += [*folder.glob("quarantine/*"), *folder.glob("blobs/*")]
         for path in [*made_from_them, *vault.root.glob(f"tmp/{user_hash}-*")]:
             remove(path)
-        outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, items)]
+        outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, items.__contains__)]
         for number, segment in enumerate(segments, 1):  # last, so that after a crash the items are still found
             left = [item for item in segment if item.item_id not in items]
             if len(left) < len(segment):
@@ -127,6 +141,26 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
     removed = [pair for pair in before if pair not in after] + outside
     hashes = tuple(sorted(_item_hash(vault, user_hash, item) for item in items))
     return _receipt(vault, user_hash, hashes, before, removed, needs_training=bool(gone))
+
+
+def without_forgotten(vault: Vault) -> Keep:
+    """For `prepare`: leaves out forgotten users, unless they were added to the vault again, and forgotten items."""
+    forgotten: dict[str, set[str] | None] = {}
+    for receipt in map(read_receipt, vault.registry.receipts()):
+        known = forgotten.setdefault(receipt.user_hash, set())
+        if known is not None:
+            forgotten[receipt.user_hash] = known | set(receipt.items) if receipt.items else None
+
+    def keep(user: UserHistory) -> UserHistory | None:
+        user_hash = _hash_of(vault, user.user_id)
+        if user_hash not in forgotten:
+            return user
+        items = forgotten[user_hash]
+        if items is None:
+            return user if vault.registry.has_user(user_hash) else None
+        return _keep(vault, user_hash, user, lambda item_id: _item_hash(vault, user_hash, item_id) in items)
+
+    return keep
 
 
 def verify_receipt(
@@ -139,21 +173,29 @@ def verify_receipt(
         canaries: Texts that must be nowhere, such as the user id or lines of the forgotten history.
     """
     problems = [] if _is_signed(vault, receipt) else ["the signature is not this vault's, or the receipt was changed"]
-    user_hash, tops = receipt.user_hash, [vault.root, *folders]
+    user_hash = receipt.user_hash
+    hashes = set(receipt.items)
+    is_gone = (lambda item: _item_hash(vault, user_hash, item) in hashes) if hashes else None
+    for top in folders:
+        found = [path for path, _ in _changes(vault, user_hash, top, is_gone, with_answers=False)]
+        users = _prepared(vault, user_hash, top)
+        found += [top for user in users if _keep(vault, user_hash, user, is_gone) != user]
+        problems += [f"{path}: speaks of the user" + " and of a forgotten item" * bool(hashes) for path in found]
     if receipt.items:
         held = {item.item_id for item in vault.read_history(UserHash(user_hash))}
         for row in vault.registry.versions(user_hash):
             held |= _items_of(vault, row) or set()
-        if {_item_hash(vault, user_hash, item) for item in held} & set(receipt.items):
+        if {_item_hash(vault, user_hash, item) for item in held} & hashes:
             problems.append("a forgotten item is in the history or in the manifest of an adapter version")
     else:
         if num_rows := vault.registry.num_rows(user_hash):
             problems.append(f"the registry has {num_rows} rows of the user")
-        named = [path for top in tops for path in top.rglob("*") if user_hash in path.name]
+        named = [path for path in vault.root.rglob("*") if user_hash in path.name]
         problems += [f"{path}: is named by the user's hash" for path in named]
     needles = {text.encode() for text in canaries} | {json.dumps(text)[1:-1].encode() for text in canaries}
+    tops = [vault.root, *folders]
     problems += [f"{path}: holds a forgotten text" for top in tops for path in _files_with(top, needles)]
-    return problems
+    return list(dict.fromkeys(problems))  # a vault may lie in one of the folders
 
 
 def _receipt(
@@ -230,51 +272,144 @@ def _item_hash(vault: Vault, user_hash: str, item_id: str) -> str:
 
 
 def _forget_outside(
-    vault: Vault, user_hash: str, top: Path, items: frozenset[str] | None = None
+    vault: Vault, user_hash: str, top: Path, is_gone: Gone | None, with_answers: bool = True
 ) -> Iterator[tuple[str, str]]:
     """Remove or rewrite what speaks of the user in a folder outside the vault; yields (path, SHA-256 before)."""
-    for path in sorted(top.rglob("*")):
-        if path.is_symlink() or not path.exists():  # gone with its folder
-            continue
-        if user_hash in path.name:
-            for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
-                yield str(file), sha256(file.read_bytes())
+    for folder in _prepared_folders(vault, top):
+        files = [folder / USERS_NAME, folder / INDEX_NAME]
+        before = [sha256(file.read_bytes()) for file in files]
+        changed = step(forget_prepared, folder, lambda user: _keep(vault, user_hash, user, is_gone))
+        if changed:
+            yield from zip(map(str, files), before, strict=True)
+        if "base" in changed:  # the task base has learnt from them, and so has every answer of the run
+            for path in [*folder.parent.glob("adapt*"), *folder.parent.glob("evaluate*")]:
+                yield from _hashes(path)
+                remove(path)
+    for path, content in _changes(vault, user_hash, top, is_gone, with_answers):
+        yield from _hashes(path)
+        if content is None:
             remove(path)
-        elif path.name.endswith((".jsonl", ".jsonl.gz")):
-            data = path.read_bytes()
-            is_packed = path.suffix == ".gz"
+        else:
+            partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+            write_file(partial, content)
+            os.chmod(partial, path.stat().st_mode)
+            step(os.rename, partial, path)
+            sync_folder(path.parent)
+
+
+def _outside(vault: Vault, top: Path) -> Iterator[Path]:
+    """All files and folders below `top`, each folder before what is in it, without links and without the vault."""
+    for parent, folders, files in os.walk(os.path.realpath(top)):
+        folders[:] = sorted(name for name in folders if Path(parent, name) != vault.root)
+        yield from (path for name in [*folders, *sorted(files)] if not (path := Path(parent, name)).is_symlink())
+
+
+def _prepared_folders(vault: Vault, top: Path) -> list[Path]:
+    found = [path.parent for path in _outside(vault, top) if path.name == INDEX_NAME]
+    return [folder for folder in found if (folder / USERS_NAME).is_file()]
+
+
+def _prepared(vault: Vault, user_hash: str, top: Path) -> Iterator[UserHistory]:
+    """The user's histories in the runs below `top`."""
+    for folder in _prepared_folders(vault, top):
+        index = read_index(folder)
+        yield from read_users(folder, index, [one for one in index.entries if _hash_of(vault, one) == user_hash])
+
+
+def _changes(
+    vault: Vault, user_hash: str, top: Path, is_gone: Gone | None, with_answers: bool
+) -> Iterator[tuple[Path, bytes | None]]:
+    """What speaks of the user below `top`, prepared histories aside: (path, new content, or None to remove it).
+
+    `with_answers`: also what the user's adapters have answered, to whosever query, and what else was made from an item.
+    """
+    prepared = {folder / USERS_NAME for folder in _prepared_folders(vault, top)}
+    is_all = is_gone is None or with_answers
+    for path in _outside(vault, top):
+        if is_all and (user_hash in path.name or _is_checkpoint_of(path, user_hash)):
+            yield path, None
+        elif not path.is_file():  # a folder, or gone with its folder
+            continue
+        elif path.name == "result.json" and is_all:
+            try:
+                result = json.loads(path.read_bytes())
+            except ValueError:
+                continue
+            if (kept := _without_keys(vault, user_hash, result)) != result:
+                yield path, json.dumps(kept, indent=1).encode()
+        elif path.name.endswith((".jsonl", ".jsonl.gz")) and path not in prepared:
+            data, is_packed = path.read_bytes(), path.suffix == ".gz"
             lines = (gzip.decompress(data) if is_packed else data).splitlines(keepends=True)
-            kept = b"".join(_without(vault, user_hash, line, items) for line in lines)
-            if kept != b"".join(lines):
-                partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-                write_file(partial, gzip.compress(kept, mtime=0) if is_packed else kept)
-                os.chmod(partial, path.stat().st_mode)
-                step(os.rename, partial, path)
-                sync_folder(path.parent)
-                yield str(path), sha256(data)
+            left = b"".join(_without(vault, user_hash, line, is_gone, with_answers) for line in lines)
+            if left != b"".join(lines):
+                yield path, gzip.compress(left, mtime=0) if is_packed else left
 
 
-def _without(vault: Vault, user_hash: str, line: bytes, items: frozenset[str] | None) -> bytes:
-    """The line as it is if of another user; else nothing, or, if only `items` are forgotten, the line without them."""
+def _is_checkpoint_of(path: Path, user_hash: str) -> bool:
+    """Whether a folder holds the checkpoints of a pack with this user: without them it trains from its start again."""
+    if path.parent.name != "checkpoints" or not path.is_dir():
+        return False
+    files = list(path.rglob("*"))
+    return any(user_hash in file.name for file in files) or any(
+        user_hash in file.read_text(errors="replace") for file in files if file.suffix == ".json"
+    )
+
+
+def _without_keys(vault: Vault, user_hash: str, value: Any) -> Any:
+    """JSON without what is listed under the user's id."""
+    if isinstance(value, dict):
+        kept = {key: part for key, part in value.items() if _hash_of(vault, key) != user_hash}
+        return {key: _without_keys(vault, user_hash, part) for key, part in kept.items()}
+    return [_without_keys(vault, user_hash, part) for part in value] if isinstance(value, list) else value
+
+
+def _without(vault: Vault, user_hash: str, line: bytes, is_gone: Gone | None, with_answers: bool) -> bytes:
+    """The line as it is if of another user; else nothing, or, if only items are forgotten, the line without them."""
     try:
         record = json.loads(line)
-        is_theirs = vault.user_hash(record["user_id"]) == user_hash
+        is_theirs = _hash_of(vault, record["user_id"]) == user_hash
     except (ValueError, KeyError, TypeError):
         return line
+    if with_answers and "arm" in record and (is_theirs or record["arm"] == "swapped"):
+        return b""
     if not is_theirs:
         return line
-    if items is None or record.get("item_id") in items or record.get("query_id") in items:
+    if is_gone is None or any(is_gone(record[name]) for name in ("item_id", "query_id") if name in record):
         return b""
     changed = dict(record)
     for name in ("items", "queries"):
         if name in record:
-            changed[name] = [item for item in record[name] if item.get("item_id") not in items]
+            changed[name] = [item for item in record[name] if not is_gone(item.get("item_id"))]
     return line if changed == record else json.dumps(changed, ensure_ascii=False).encode() + b"\n"
 
 
+def _keep(vault: Vault, user_hash: str, user: UserHistory, is_gone: Gone | None) -> UserHistory | None:
+    """What is left of a history when this user, or some items of theirs, are forgotten."""
+    if _hash_of(vault, user.user_id) != user_hash:
+        return user
+    if is_gone is None:
+        return None
+    items, queries = (tuple(item for item in part if not is_gone(item.item_id)) for part in (user.items, user.queries))
+    return replace(user, items=items, queries=queries) if items else None
+
+
+def _hash_of(vault: Vault, user_id: str) -> str:
+    """As the vault's, but "" for what can be no user's id."""
+    try:
+        return vault.user_hash(user_id)
+    except ValueError:
+        return ""
+
+
+def _hashes(path: Path) -> list[tuple[str, str]]:
+    """(path, SHA-256) of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(str(file), sha256(file.read_bytes())) for file in files]
+
+
 def _files_with(top: Path, needles: set[bytes]) -> Iterator[Path]:
-    for path in sorted(top.rglob("*")):
-        if not needles or path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
+    for path in sorted(top.rglob("*")) if needles else ():
+        if path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
             continue
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             data = gzip.decompress(content[:]) if path.suffix == ".gz" else content

@@ -117,7 +117,7 @@ def short(value: object) -> str:
 
 
 def _read_jsonl(data: DataConfig, task: Task) -> Iterator[RawUser | Rejected]:
-    for line_number, line in _bounded_lines(Path(data.path)):
+    for line_number, line in bounded_lines(Path(data.path)):
         if isinstance(line, Rejected):
             yield line
             continue
@@ -138,7 +138,7 @@ def _raw_user(path: str, line: int | None, record: object) -> RawUser | Rejected
     return Rejected(path, line, None, short(record), f"expected an object, got {_type(record)}")
 
 
-def _bounded_lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
+def bounded_lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
     """(line number from 1, line) of a text file, plain or gzipped; a line over the limit is skipped, not held.
 
     Invalid UTF-8 bytes arrive as lone surrogates, so that the check of the text can name the user they belong to.
@@ -412,7 +412,7 @@ def _csv_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]
     broken: list[Rejected] = []
 
     def lines() -> Iterator[str]:
-        for _, line in _bounded_lines(path):
+        for _, line in bounded_lines(path):
             if isinstance(line, Rejected):
                 broken.append(line)
             yield "\n" if isinstance(line, Rejected) else line  # an empty line in its place keeps the line numbers

@@ -18,7 +18,7 @@ from typing import Any
 
 from oppu_ray.config import DataConfig, TaskConfig
 from oppu_ray.core import Item, Rejected, UserHistory
-from oppu_ray.formats import RawUser, read_users, short
+from oppu_ray.formats import RawUser, bounded_lines, read_users, short
 from oppu_ray.tasks import Task, get_task, missing_fields, task_name
 
 ROLES = ("target", "base")
@@ -106,6 +106,29 @@ def split_history(
         raise ValueError(f"cannot split a history of {len(items)}; expected at least 2 items")
     num_later = min(max(1, round(len(items) * query_share)), len(items) - 1, max_queries or len(items))
     return tuple(items[:-num_later]), tuple(items[-num_later:])
+
+
+def read_items(path: Path, task: Task) -> list[Item]:
+    """Items to add to a history, oldest first: JSON lines of items as in our JSONL format, gzipped if it ends in .gz.
+
+    Raises:
+        ValueError: The file, line and value of the first thing that is wrong.
+    """
+    items = []
+    try:
+        for number, line in bounded_lines(path):
+            try:
+                if isinstance(line, Rejected):
+                    raise _Bad(line.value, line.reason)
+                if line.strip():
+                    items.append(_item(json.loads(line), number, task))
+            except _Bad as bad:
+                raise ValueError(f"{path}: line {number}: {bad}; found {short(bad.value)}") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number}: not valid JSON: {error}") from None
+        return _in_time_order(items)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:

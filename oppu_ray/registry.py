@@ -201,16 +201,25 @@ class Registry:
 
     # ---- users and versions
 
-    def add_users(self, user_hashes: Iterable[str]) -> int:
-        """Register users that are not yet; returns how many were new. `Refused` for a new one under another's lease."""
+    def add_users(self, user_hashes: Iterable[str], lease: Lease | None = None) -> int:
+        """Register users that are not yet; returns how many were new.
+
+        Raises:
+            Refused: One is new and under a lease of another, or `lease`, under which they are added, was lost.
+        """
         wanted = set(user_hashes)
         with self._read() as connection:
+            if lease is not None:
+                _check_held(connection, lease)
             missing = wanted - _present(connection, _USERS.c.user_hash, wanted)
         if not missing:
             return 0
         with self._write() as connection:
+            if lease is not None:
+                _check_held(connection, lease)
             missing -= _present(connection, _USERS.c.user_hash, missing)
-            if held := _present(connection, _LEASES.c.user_hash, missing, _LEASES.c.expires_at > self._clock()):
+            of_others = (_LEASES.c.expires_at > self._clock(), _LEASES.c.fence != (lease.fence if lease else 0))
+            if held := _present(connection, _LEASES.c.user_hash, missing, *of_others):
                 raise Refused(f"user {min(held)[:12]}: is being added or swept by another process; try again")
             if missing:
                 now = self._clock()
@@ -252,9 +261,7 @@ class Registry:
         """
         user_hash = lease.user_hash
         with self._write() as connection:
-            held = sa.select(_LEASES.c.fence).where(_LEASES.c.user_hash == user_hash)
-            if connection.scalar(held) != lease.fence:
-                raise Refused(f"user {user_hash[:12]}: the lease of {lease.holder} (fence {lease.fence}) was lost")
+            _check_held(connection, lease)
             row = connection.execute(sa.select(_USERS.c.current).where(_USERS.c.user_hash == user_hash)).first()
             if row is None:
                 connection.execute(sa.insert(_USERS).values(user_hash=user_hash, created_at=self._clock()))
@@ -366,6 +373,11 @@ class Registry:
         with self._read() as connection:
             return connection.scalar(sa.select(_LEASES.c.holder).where(_LEASES.c.user_hash == user_hash))
 
+    def check_lease(self, lease: Lease) -> None:
+        """`Refused` if the lease was lost: to another holder, or because the user was forgotten."""
+        with self._read() as connection:
+            _check_held(connection, lease)
+
     def release_lease(self, lease: Lease) -> None:
         """Give a lease back; nothing happens if it was lost."""
         with self._write() as connection:
@@ -423,10 +435,13 @@ class Registry:
             connection.execute(sa.insert(_RECEIPTS).values(**values))
             self._audit(connection, "receipt", user_hash, {"receipt_id": receipt_id, "sha256": _sha256(body)})
 
-    def receipts(self, user_hash: str) -> list[str]:
-        """Bodies (JSON) of a user's receipts."""
+    def receipts(self, user_hash: str | None = None) -> list[str]:
+        """Bodies (JSON) of a user's receipts, or of all."""
+        chosen = sa.select(_RECEIPTS.c.body)
+        if user_hash is not None:
+            chosen = chosen.where(_RECEIPTS.c.user_hash == user_hash)
         with self._read() as connection:
-            return list(connection.scalars(sa.select(_RECEIPTS.c.body).where(_RECEIPTS.c.user_hash == user_hash)))
+            return list(connection.scalars(chosen))
 
     def record(self, action: str, user_hash: str | None, detail: dict[str, Any]) -> None:
         """Add a line to the audit log for something done outside the registry, e.g. an export."""
@@ -540,6 +555,12 @@ def _present(
         chosen = sa.select(column).where(column.in_(ordered[start : start + 500]), *also)
         found.update(connection.scalars(chosen))
     return found
+
+
+def _check_held(connection: sa.Connection, lease: Lease) -> None:
+    held = sa.select(_LEASES.c.fence).where(_LEASES.c.user_hash == lease.user_hash)
+    if connection.scalar(held) != lease.fence:
+        raise Refused(f"user {lease.user_hash[:12]}: the lease of {lease.holder} (fence {lease.fence}) was lost")
 
 
 def _unit_version(connection: sa.Connection, run_id: str, user_hash: str) -> str | None:

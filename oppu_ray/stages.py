@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from oppu_ray.config import Config, to_dict
 from oppu_ray.core import Pack, Prediction, TrainResult
 from oppu_ray.evaluation import HEURISTIC_ARMS, MODEL_ARMS, answer_by_habit, format_table, summarise
 from oppu_ray.files import write_atomic
+from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.packing import plan_packs, plan_shards, plan_user
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
 from oppu_ray.progress import Progress, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
-from oppu_ray.vault import Vault
+from oppu_ray.vault import open_vault
 from oppu_ray.workers import encode_user, open_base, run_units, user_seed
 
 TASK_ADAPTER = "task adapter"
@@ -45,7 +46,8 @@ def prepare(config: Config) -> dict[str, Any]:
     folder = _folder(config, "prepare")
     with _result(config, "prepare") as result:
         users, rejected = load_histories(config.data, config.task, config.seed)
-        index = write_prepared(folder, users)
+        with closing(open_vault(config)) as vault:
+            index = write_prepared(folder, users, keep=without_forgotten(vault))
         write_rejected(folder / "rejected.jsonl", rejected)
         result["fingerprints"]["histories"] = index.fingerprint
         for role in ("target", "base"):
@@ -112,7 +114,7 @@ def train(config: Config) -> dict[str, Any]:
     failed, num_trained, num_split, num_to_retry, num_tokens = {}, 0, 0, 0, 0
     with _result(config, "train") as result:
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
-        Vault(_folder(config, "vault")).close()
+        open_vault(config).close()
         started = time.monotonic()
         with (
             stop_on_sigterm() as should_stop,
@@ -162,14 +164,14 @@ def evaluate(config: Config) -> dict[str, Any]:
     index, task_base, run_id = _plan(config)
     folder, task = _folder(config, "evaluate"), get_task(config.task)
     with _result(config, "evaluate") as result:
-        vault = Vault(_folder(config, "vault"))
+        vault = open_vault(config)
         sizes = sorted(index.sizes("target"), key=lambda size: size.user_id)
         trained = vault.done(run_id, [size.user_id for size in sizes])
         vault.close()
         user_ids = [size.user_id for size in sizes if size.user_id in trained]
         user_ids = user_ids[: config.evaluate.max_users or None]
         if not user_ids:
-            raise ValueError(f"run {run_id} has no trained user in {_folder(config, 'vault')}: run `train` first")
+            raise ValueError(f"run {run_id} has no trained user in {vault.root}: run `train` first")
         evaluation_id = _digest(run_id, to_dict(config)["evaluate"], user_ids)
         arms = [
             arm

@@ -35,6 +35,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from oppu_ray.adapter_files import load_adapter, save_adapter
+from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, Item
 from oppu_ray.registry import Lease, Refused, Registry, UserHash, Version
 
@@ -61,8 +62,8 @@ class Manifest:
     """The lineage of one adapter version: enough to say what it is, and to train it again.
 
     Args:
-        base_fingerprint: Of the frozen base model; loading for any other base is refused.
-        task_fingerprint: Of the task adapter merged into the base, or "".
+        base_fingerprint: Of the frozen model under the adapter, task adapter merged in; any other base is refused.
+        task_fingerprint: Names the task adapter in it: "base-" and a digest of all that it was trained from, or "".
         item_ids: The user's own items that were trained on: the only personal data an adapter depends on.
         recipe: The training settings, JSON-able.
         run_id: The run that trained it, or ""; a run commits each user once.
@@ -257,25 +258,33 @@ class Vault:
 
     # ---- history and other files of the user
 
-    def append_history(self, user: str, items: Sequence[Item]) -> int:
-        """Add items, oldest first, as one new segment; returns how many items the history has now."""
+    def append_history(
+        self, user: str, items: Sequence[Item], *, skip_known: bool = False, lease: Lease | None = None
+    ) -> int:
+        """Add items, oldest first, as one new segment; returns how many items the history has now.
+
+        An item whose id is there already is an error, or with `skip_known` left out. `Refused` if `lease` was lost:
+        what was read before the user was forgotten must not come back.
+        """
         user_hash = self.user_hash(user)
-        self.registry.add_users([user_hash])
+        self.registry.add_users([user_hash], lease)
         folder = self.user_folder(user_hash) / "history"
         with disk_errors(user_hash, "add to the history of"):
             while True:
                 segments = self.history_segments(user_hash)
                 known = [item for segment in segments for item in segment]
-                check_items(user_hash, [*known, *items])
-                if not items:
+                ids = {item.item_id for item in known} if skip_known else set()
+                new = [item for item in items if item.item_id not in ids]
+                check_items(user_hash, [*known, *new])
+                if not new:
                     return len(known)
                 name = f"{len(segments) + 1:06d}.jsonl"
                 try:  # fails if another process took the number since we read, so no item is doubled or lost
-                    data = self.frame(user_hash, f"history/{name}", encode_items(items))
+                    data = self.frame(user_hash, f"history/{name}", encode_items(new))
                     self.write_new(folder / name, data, user_hash)
                 except FileExistsError:
                     continue
-                return len(known) + len(items)
+                return len(known) + len(new)
 
     def read_history(self, user: str) -> tuple[Item, ...]:
         """All items, oldest first; empty if there is none. `CorruptError` names a damaged or missing segment."""
@@ -450,6 +459,9 @@ class Vault:
 
     def _commit(self, lease: Lease, adapter: AdapterState, manifest: Manifest) -> str:
         user_hash = lease.user_hash
+        self.registry.check_lease(
+            lease
+        )  # `publish` has the last word; this spares a forgotten user's new folder and key
         current = self.registry.current(user_hash)
         parent = current.version if current else None
         number = 1 + max((row.number for row in self.registry.versions(user_hash)), default=0)
@@ -557,6 +569,12 @@ class Vault:
         finally:
             if path.exists():
                 step(os.unlink, path)
+
+
+def open_vault(config: Config) -> Vault:
+    """The vault of a run; made if it is not there yet."""
+    root = Path(config.vault.path or Path(config.run_dir) / "vault").expanduser()
+    return Vault(root, config.vault.registry_url or None, encrypt=config.vault.encrypt)
 
 
 def step(operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

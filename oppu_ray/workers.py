@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from oppu_ray import evaluation
-from oppu_ray.base_model import Base, load_base
+from oppu_ray.base_model import Base, load_base, prepare_base
 from oppu_ray.checkpoints import Checkpoint
 from oppu_ray.config import Config, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDone, UserHistory, UserWork
@@ -38,7 +38,7 @@ from oppu_ray.registry import Lease, Refused
 from oppu_ray.tasks import get_task
 from oppu_ray.telemetry import Telemetry
 from oppu_ray.training import PackState, train_pack
-from oppu_ray.vault import Manifest, Vault
+from oppu_ray.vault import Manifest, open_vault
 
 LEASE_TTL_S = 120.0
 LEASE_POLL_S = 0.5
@@ -87,7 +87,7 @@ class Worker:
         self.run_dir = Path(config.run_dir)
         self.index = read_index(self.run_dir / "prepare")
         self.task = get_task(config.task)
-        self.vault = Vault(self.run_dir / "vault")
+        self.vault = open_vault(config)
         self.task_base_path = task_base
         self.telemetry, self.should_stop = telemetry or Telemetry(run_id), should_stop
         self._bases: dict[Path | None, Base] = {}
@@ -119,9 +119,12 @@ class Worker:
             for user in read_users(self.run_dir / "prepare", self.index, tuple(leases)):
                 item_ids[user.user_id] = tuple(item.item_id for item in user.items)
                 try:
+                    self._keep_history(user, leases[user.user_id])
                     works.append(self._work(user, base))
                 except ValueError as error:
                     yield _failed(user.user_id, str(error))
+            for user_id in leases.keys() - item_ids.keys():
+                yield _failed(user_id, "was forgotten since the run began")
             left = [work.user_id for work in works]
             if committed.issuperset(left):
                 yield from map(_done_before, left)
@@ -161,6 +164,14 @@ class Worker:
                         yield _failed(user_id, str(refusal), is_retryable=True)
                         break
                     time.sleep(LEASE_POLL_S)
+
+    def _keep_history(self, user: UserHistory, lease: Lease) -> None:
+        """The vault has a user's history before it has an adapter made from it."""
+        try:
+            self.vault.append_history(user.user_id, user.items, skip_known=True, lease=lease)
+        except Refused:  # as in `_commit`: another worker of this run may have taken the user over, and does it
+            if self.vault.registry.leaseholder(self.vault.user_hash(user.user_id)) != self.run_id:
+                raise
 
     def _train_pack(
         self,
@@ -220,19 +231,11 @@ class Worker:
         num_steps, user_id = len(result.losses), result.user_id
         if result.adapter is None:
             return UserDone(user_id, None, result.error, first, last, num_steps, result.num_useful_tokens)
-        manifest = Manifest(
-            base_fingerprint=base.fingerprint,
-            task_fingerprint="",
-            item_ids=item_ids,
-            recipe=to_dict(self.config.personal),
-            seed=user_seed(self.config.seed, user_id),
-            metrics={"first_loss": first, "last_loss": last},
-            run_id=self.run_id,
-        )
-        named = {**result.adapter.peft_config, "base_model_name_or_path": str(base.path)}
+        seed = user_seed(self.config.seed, user_id)
+        adapter, manifest = with_lineage(self.config, base, result, item_ids, seed, self.run_id)
         started = time.monotonic()
         try:
-            version = self._commit(user_id, replace(result.adapter, peft_config=named), manifest, leases)
+            version = self._commit(user_id, adapter, manifest, leases)
         except ValueError as error:
             return _failed(user_id, str(error), is_retryable=True)
         self.telemetry.observe("oppu_commit_seconds", time.monotonic() - started)
@@ -272,6 +275,24 @@ class Worker:
         if version is None:
             raise ValueError(f"user {user_id!r}: run {self.run_id} has committed no adapter; run `train` first")
         return self.vault.load(user_id, version, base_fingerprint=base.fingerprint)[0]
+
+
+def with_lineage(
+    config: Config, base: Base, result: TrainResult, item_ids: tuple[str, ...], seed: int, run_id: str = ""
+) -> tuple[AdapterState, Manifest]:
+    """A trained adapter that names its base, and where it comes from: what `Vault.commit` takes."""
+    assert result.adapter is not None
+    manifest = Manifest(
+        base_fingerprint=base.fingerprint,
+        task_fingerprint="" if base.path == prepare_base(config.base) else base.path.name,
+        item_ids=item_ids,
+        recipe=to_dict(config.personal),
+        seed=seed,
+        metrics={"first_loss": result.losses[0], "last_loss": result.losses[-1]},
+        run_id=run_id,
+    )
+    named = {**result.adapter.peft_config, "base_model_name_or_path": str(base.path)}
+    return replace(result.adapter, peft_config=named), manifest
 
 
 def encode_user(config: Config, user: UserHistory, base: Base) -> list[Example]:

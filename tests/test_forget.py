@@ -196,6 +196,40 @@ def test_a_version_whose_manifest_cannot_be_read_goes_too(vault: Vault) -> None:
     assert list(folder.iterdir()) == [] and vault.verify() == []
 
 
+def test_a_vault_in_one_of_the_folders_is_not_taken_for_what_was_made_from_it(vault: Vault, tmp_path: Path) -> None:
+    before = tree(vault.user_folder(vault.user_hash("bob")))
+    receipt = forget_items(vault, "alice", ["2"], [tmp_path])
+    assert [item.item_id for item in vault.read_history("alice")] == ["1", "3"] and vault.verify() == []
+    assert verify_receipt(vault, receipt, [tmp_path], ["canary été 2"]) == []
+    assert verify_receipt(vault, forget_user(vault, "alice", [tmp_path]), [tmp_path], CANARIES) == []
+    assert tree(vault.user_folder(vault.user_hash("bob"))) == before
+
+
+def test_what_an_adapter_answered_goes_with_it(vault: Vault, runs: Path) -> None:
+    alice, bob = vault.user_hash("alice"), vault.user_hash("bob")
+    lines = [{"arm": arm, "user_id": user, "query_id": "9"} for arm in ("oppu", "swapped") for user in ("alice", "bob")]
+    (runs / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (runs / "result.json").write_text(json.dumps({"failed": {"alice": "user 'alice': no", "bob": "no"}, "n": [1]}))
+    for pack, hashes in (("both", [alice, bob]), ("bob's", [bob])):
+        steps = runs / "checkpoints" / pack / "00000004"
+        steps.mkdir(parents=True)
+        (steps / "pack.json").write_text("digest\n" + json.dumps({"pack": hashes}))
+        for name in hashes:
+            (steps / f"{name}.safetensors").write_bytes(b"moments")
+    receipt = forget_items(vault, "alice", ["2"], [runs])
+    assert [json.loads(line) for line in (runs / "predictions.jsonl").read_text().splitlines()] == [lines[1]]
+    assert json.loads((runs / "result.json").read_text()) == {"failed": {"bob": "no"}, "n": [1]}
+    assert not (runs / "checkpoints" / "both").exists() and len(tree(runs / "checkpoints" / "bob's")) == 2
+    removed = {Path(path).name for path, _ in receipt.removed}
+    assert {"predictions.jsonl", "result.json", "pack.json", f"{alice}.safetensors"} <= removed
+    with (runs / "predictions.jsonl").open("a") as file:  # trained and asked again, without the item
+        file.write(json.dumps(lines[0]) + "\n" + json.dumps(lines[2]) + "\n")
+    assert verify_receipt(vault, receipt, [runs]) == []
+    whole = forget_user(vault, "alice", [runs])
+    (runs / "predictions.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert [problem for problem in verify_receipt(vault, whole, [runs]) if "predictions.jsonl: speaks of" in problem]
+
+
 class Crash(BaseException):
     pass
 

@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from oppu_ray.core import Item, UserHistory, UserSize
-from oppu_ray.prepared import read_index, read_users, write_prepared
+from oppu_ray.prepared import forget_prepared, read_index, read_users, write_prepared
 
 ANN = UserHistory(
     "änn\u2028",  # a line separator for Unicode, not for us
@@ -78,3 +79,68 @@ def test_a_user_or_folder_that_was_not_prepared(tmp_path: Path) -> None:
     index = write_prepared(tmp_path, [BOB])
     with pytest.raises(ValueError, match=r"user 'eve' is not in .*index.json: run `prepare`"):
         read_users(tmp_path, index, ["bob", "eve"])
+
+
+def without(user_id: str, *item_ids: str) -> Callable[[UserHistory], UserHistory | None]:
+    """Forgets a user, or only some items of theirs."""
+
+    def keep(user: UserHistory) -> UserHistory | None:
+        if user.user_id != user_id:
+            return user
+        left = tuple(item for item in user.items if item.item_id not in item_ids)
+        return dataclasses.replace(user, items=left) if item_ids else None
+
+    return keep
+
+
+def test_a_forgotten_target_leaves_everything_else_where_it_was(tmp_path: Path) -> None:
+    before = write_prepared(tmp_path, [BOB, ANN, EVE])
+    assert forget_prepared(tmp_path, without(ANN.user_id)) == {"target"}
+    index = read_index(tmp_path)
+    del before.entries[ANN.user_id]
+    assert index == before  # places of lines, labels and the fingerprint that names the run
+    assert read_users(tmp_path, index, ["bob", "eve"]) == [BOB, EVE]
+    for word in ("änn", "eins", "vier", "fünf"):
+        assert word.encode() not in (tmp_path / "users.jsonl").read_bytes()
+    content = (tmp_path / "users.jsonl").read_bytes()
+    assert forget_prepared(tmp_path, without(ANN.user_id)) == set()
+    assert (tmp_path / "users.jsonl").read_bytes() == content
+
+
+def test_a_run_that_holds_the_old_index_reads_everyone_else(tmp_path: Path) -> None:
+    old = write_prepared(tmp_path, [ANN, BOB, EVE])
+    forget_prepared(tmp_path, without("bob", "2"))
+    forget_prepared(tmp_path, without(ANN.user_id))
+    assert read_users(tmp_path, old, ["eve", "bob"]) == [EVE, dataclasses.replace(BOB, items=BOB.items[:1])]
+    assert read_users(tmp_path, old, [ANN.user_id, "eve"]) == [EVE]
+
+
+def test_a_forgotten_base_user_makes_other_histories(tmp_path: Path) -> None:
+    before = write_prepared(tmp_path, [ANN, BOB, EVE])
+    assert forget_prepared(tmp_path, without("eve", "2")) == {"base"}
+    index = read_index(tmp_path)
+    assert index.fingerprint != before.fingerprint and index.labels == {"b": 2}
+    assert index.sizes("base")[1] == UserSize("eve", 1, 3, 0)
+    assert forget_prepared(tmp_path, without("bob")) == {"base"}
+    assert read_index(tmp_path).labels == {"b": 1}
+
+
+def test_forgetting_goes_on_after_a_crash_between_the_two_files(tmp_path: Path) -> None:
+    for name, keep in (("user", without("bob")), ("item", without("bob", "1"))):
+        write_prepared(tmp_path / name, [ANN, BOB, EVE])
+        stale = (tmp_path / name / "index.json").read_bytes()
+        forget_prepared(tmp_path / name, keep)
+        wanted = read_index(tmp_path / name)
+        (tmp_path / name / "index.json").write_bytes(stale)
+        assert forget_prepared(tmp_path / name, keep) == {"base"}
+        assert read_index(tmp_path / name) == wanted
+
+
+def test_preparing_again_without_a_forgotten_target_is_the_same_run(tmp_path: Path) -> None:
+    before = write_prepared(tmp_path, [ANN, BOB])
+    index = write_prepared(tmp_path, [ANN, BOB], keep=without(ANN.user_id))
+    assert index.fingerprint == before.fingerprint and list(index.entries) == ["bob"]
+    assert (
+        read_users(tmp_path, index, ["bob"]) == [BOB] and "änn".encode() not in (tmp_path / "users.jsonl").read_bytes()
+    )
+    assert write_prepared(tmp_path, [ANN, BOB], keep=without("bob")).fingerprint != before.fingerprint

@@ -167,6 +167,16 @@ def test_a_new_user_under_a_foreign_lease_is_refused(registry: Registry) -> None
         registry.add_users([ALICE])
 
 
+def test_a_new_user_is_added_under_ones_own_lease_as_long_as_it_holds(registry: Registry) -> None:
+    lease = registry.acquire_lease("a" * 64, "job", 60)
+    assert registry.add_users(["a" * 64], lease) == 1 and registry.add_users(["a" * 64], lease) == 0
+    registry.delete_user("a" * 64)
+    for call in (lambda: registry.add_users(["a" * 64], lease), lambda: registry.check_lease(lease)):
+        with pytest.raises(Refused, match="the lease of job .* was lost"):
+            call()
+    assert registry.users() == []
+
+
 def test_quarantine_falls_back_to_the_newest_good_version_of_the_same_base(registry: Registry) -> None:
     for number, base in ((1, "base"), (2, "other"), (3, "base"), (4, "base")):
         publish(registry, version(ALICE, number, base=base))

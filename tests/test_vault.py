@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -399,6 +398,19 @@ def test_history_grows_by_segments_and_keeps_order(vault: Vault) -> None:
         with pytest.raises(ValueError, match="expected a non-empty item_id|lone surrogate"):
             vault.append_history("alice", [bad])
     assert vault.read_history("alice") == tuple(items) and vault.verify() == []
+
+
+def test_items_that_are_there_can_be_left_out_and_a_lost_lease_adds_none(vault: Vault) -> None:
+    lease = vault.lease("alice", "job", 60)
+    assert vault.append_history("alice", make_items("1", "2"), skip_known=True, lease=lease) == 2
+    assert vault.append_history("alice", make_items("2", "3"), skip_known=True, lease=lease) == 3
+    assert vault.append_history("alice", make_items("1", "2"), skip_known=True, lease=lease) == 3
+    assert [item.item_id for item in vault.read_history("alice")] == ["1", "2", "3"]
+    assert len(list((vault.user_folder(vault.user_hash("alice")) / "history").iterdir())) == 2
+    vault.registry.delete_user(vault.user_hash("alice"))
+    with pytest.raises(Refused, match="the lease of job .* was lost"):
+        vault.append_history("alice", make_items("4"), skip_known=True, lease=lease)
+    assert not vault.registry.has_user(vault.user_hash("alice"))
 
 
 def test_appends_at_once_lose_and_double_nothing(plain: Vault) -> None:
@@ -793,31 +805,3 @@ def test_scratch_of_dead_processes_is_swept(plain: Vault) -> None:
     plain.gc()
     assert not scratch.exists() and mine.exists()
     mine.rmdir()
-
-
-# ---- how long it takes; the figures are printed, not asserted
-
-
-@pytest.mark.slow
-def test_measure_lookup_and_load_with_100_000_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    vault = Vault(tmp_path / "vault")
-    adapter = make_adapter(1, rank=8, width=1024, layers=16)  # 16 x (8 x 1024 + 1024 x 8) floats = 1 MiB
-    lines = []
-
-    def time_ms(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(200):
-            start = time.perf_counter()
-            work()
-            times.append((time.perf_counter() - start) * 1e3)
-        return median(times)
-
-    for num_users in (100, 100_000):
-        vault.add_users([f"user {number}" for number in range(num_users - 1)])
-        vault.commit("user 7", adapter, make_manifest())
-        user_hash = vault.user_hash("user 7")
-        lookup = time_ms(partial(vault.registry.current, user_hash))
-        loading = time_ms(lambda: vault.load("user 7", base_fingerprint=BASE))
-        lines.append(f"{num_users} users: lookup of current {lookup:.3f} ms, load and verify 1 MiB {loading:.2f} ms")
-    with capsys.disabled():
-        print("", *lines, sep="\n")
