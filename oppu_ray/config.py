@@ -50,6 +50,56 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What of a user's past stands in their prompts: `top_k` retrieved items and, if asked for, a text profile.
+
+    Args:
+        retriever: bm25 (the paper's), dense, hybrid, recency or random.
+        embedder: For dense and hybrid: `embedded:minilm-l6`, a folder, or a sentence-transformers model on the hub.
+        profile: Who writes it: "template" (counts, no model), "base" (the base model), or any model's name or folder.
+        max_words: Cut for each field of a retrieved item.
+        max_tokens: Room for items and profile, on top of `max_length`: the question is cut where it is without them.
+        same_construction: False asks as the released code does (preset code-compat), not as it trains: items without a
+            query-label pair are trained without memory, others with up to 768 words a field, queries are not cut.
+        top_k: This and `with_profile` are the arm's, named in `evaluate.arms` ("oppu_k2", "pag"), never in a file.
+    """
+
+    retriever: str = "bm25"
+    embedder: str = "embedded:minilm-l6"
+    profile: str = "template"
+    max_words: int = 32
+    max_tokens: int = 512
+    same_construction: bool = True
+    top_k: int = 0
+    with_profile: bool = False
+
+    @property
+    def name(self) -> str:
+        """The kind of prompt in short, "" for the plain one, "k2", "pag", "pag_k2": a folder of its own in a run."""
+        return "_".join(["pag"] * self.with_profile + [f"k{self.top_k}"] * (self.top_k > 0))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What an adapter depends on; empty for plain prompts."""
+        if not self.name:
+            return {}
+        values = {key: getattr(self, key) for key in ("top_k", "with_profile", "max_tokens", "same_construction")}
+        if self.top_k:
+            values |= {"retriever": self.retriever, "max_words": self.max_words}
+        if self.uses_embedder:
+            values["embedder"] = self.embedder
+        return values | ({"profile": self.profile} if self.with_profile else {})
+
+    @property
+    def uses_embedder(self) -> bool:
+        return self.top_k > 0 and self.retriever in ("dense", "hybrid")
+
+    @property
+    def num_extra_tokens(self) -> int:
+        return self.max_tokens if self.name else 0
+
+
+@dataclass(frozen=True)
 class BaseConfig:
     """The frozen base model: a hub id, a local folder, or `embedded:smollm2-135m` / `embedded:gemma3-270m`."""
 
@@ -139,6 +189,7 @@ class Config:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     adapt: TrainConfig = field(default_factory=TrainConfig)
     personal: TrainConfig = field(default_factory=TrainConfig)
@@ -152,6 +203,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # OPPU section 4.1 and reference code: LoRA r 8, alpha 8, q and v, AdamW 1e-4, 3 and 2 epochs, batch 16, 768 words.
     "paper": {
         "task": {"prompt_order": "paper", "strategy": "", "max_input_words": 768},
+        "memory": {"max_words": 368, "max_tokens": 0},
         "adapt": {
             "peft": {"rank": 8, "alpha": 8.0, "dropout": 0.05},
             "learning_rate": 1e-4,
@@ -167,10 +219,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # What the released code does where it differs from the paper: q, k and v in the task stage ("out_proj" does not exist
-# in Llama), and the "stem" strategy for items without a label. Its leak between users (training list never emptied) is
-# a defect that we never reproduce.
+# in Llama), the "stem" strategy for items without a label, and prompts that are built in one way for training and in
+# another for answering. Its leak between users (training list never emptied) is a defect that we never reproduce.
 PRESETS["code-compat"] = {
     "task": {"prompt_order": "paper", "strategy": "stem", "max_input_words": 768},
+    "memory": {**PRESETS["paper"]["memory"], "same_construction": False},
     "adapt": {
         **PRESETS["paper"]["adapt"],
         "peft": {"rank": 8, "alpha": 8.0, "dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj"]},
@@ -196,7 +249,12 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     preset = values.get("preset", Config.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"{path}: preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}")
-    return _build(Config, _merge(PRESETS[preset], values), str(path), "")
+    config: Config = _build(Config, _merge(PRESETS[preset], values), str(path), "")
+    if config.memory.name:
+        raise ValueError(
+            f"{path}: memory.top_k and memory.with_profile are named by the arm: evaluate.arms=[oppu_k2, pag]"
+        )
+    return config
 
 
 def from_overrides(default: T, overrides: Sequence[str]) -> T:

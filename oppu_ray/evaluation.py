@@ -8,8 +8,10 @@ other queries", resampling users asks "would other users gain"; one user with ma
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,55 @@ from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, Example, Item, Prediction, Request, UserHistory
 from oppu_ray.inference import Engine
+from oppu_ray.memory import Memory
 from oppu_ray.metrics import score_answers, score_one
 from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.tasks import Task, make_prompt, parse_answer, target_text
 
 HEURISTIC_ARMS = ("majority_global", "majority_user", "last_user")
-MODEL_ARMS = ("base", "task", "oppu", "swapped")
+PLAIN_ARMS = {"base": "base", "task": "task", "oppu": "own", "swapped": "swapped"}
+MEMORY_ARM = re.compile(r"(rag(?=_k)|pag|oppu_pag|oppu(?=_k))(?:_k([1-9]\d{0,3}))?")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer.
+
+    Args:
+        name: As in `evaluate.arms`: `majority_global`, `majority_user`, `last_user`, `base`, `task`, `oppu`, `swapped`,
+            `rag_k<K>`, `pag`, `pag_k<K>`, `oppu_k<K>`, `oppu_pag` or `oppu_pag_k<K>`.
+        model: "habit" (none), "base", "task" (the task-adapted one), or with the adapter "own" or "swapped".
+        top_k, with_profile: What of the user's past stands in the prompt.
+        control: The arm that shows what the own adapter does beyond this: another user's adapter in the same plain
+            prompts, the task-adapted model with the same memory; "" for arms without an own adapter.
+    """
+
+    name: str
+    model: str
+    top_k: int = 0
+    with_profile: bool = False
+    control: str = ""
+
+
+def parse_arm(name: str) -> Arm:
+    """The arm called `name`.
+
+    Raises:
+        ValueError: There is no such arm.
+    """
+    if name in HEURISTIC_ARMS:
+        return Arm(name, "habit")
+    if name in PLAIN_ARMS:
+        return Arm(name, PLAIN_ARMS[name], control="swapped" if name == "oppu" else "")
+    match = MEMORY_ARM.fullmatch(name)
+    if match is None:
+        known = ", ".join([*HEURISTIC_ARMS, *PLAIN_ARMS, "rag_k<K>, oppu_k<K>, pag, oppu_pag, pag_k<K>, oppu_pag_k<K>"])
+        raise ValueError(f"evaluate.arms: {name!r} is unknown; expected one of {known} (K: 1 to 9999)")
+    kind, top_k = match[1], int(match[2] or 0)
+    control = ""
+    if kind.startswith("oppu"):
+        control = name.removeprefix("oppu_") if kind == "oppu_pag" else name.replace("oppu", "rag")
+    return Arm(name, "own" if control else "task", top_k, "pag" in kind, control)
 
 
 def answer_by_habit(task: Task, arm: str, users: Sequence[UserHistory], labels: dict[str, int]) -> list[Prediction]:
@@ -49,12 +94,14 @@ def answer_users(
     arm: str,
     users: Sequence[UserHistory],
     adapters: Sequence[AdapterState] | None = None,
+    memories: Sequence[Memory | None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """One model arm's answers: greedy text, the gold's likelihood, and for closed label sets the likeliest label.
 
     Args:
         adapters: One per user, or None for the model alone.
+        memories: One per user, or None for prompts without a user's past.
         progress: Called with the number of queries answered since the last call.
     """
     pefts = {peft_from_dict(adapter.peft_config) for adapter in adapters or ()}
@@ -64,7 +111,11 @@ def answer_users(
             engine.load(user.user_id, adapter)
         queries = [(user.user_id, query) for user in users for query in user.queries]
         names = [user_id if adapters else None for user_id, _ in queries]
-        prompts = [encode_query(base, task, config, query) for _, query in queries]
+        prompts = [
+            encode_query(base, task, config, query, memory)
+            for user, memory in zip(users, memories or [None] * len(users), strict=True)
+            for query in user.queries
+        ]
         tokenize = plain_tokenizer(base.tokenizer)
         longest = max((len(tokenize(" " + label)) for label in task.labels), default=config.evaluate.max_new_tokens)
         num_new = min(config.evaluate.max_new_tokens, longest + 1)
@@ -73,28 +124,48 @@ def answer_users(
         ]
         answers = engine.generate(requests, stop_ids(base), progress)
         golds = [target_text(task, query) for _, query in queries]
-        scored = []
-        for prompt, gold, name in zip(prompts, golds, names, strict=True):
-            options = [gold, *(label for label in task.labels if label != gold)]
-            scored.append((name, [_example(base, prompt, option) for option in options]))
+        asked = [[gold, *(label for label in task.labels if label != gold)] for gold in golds]
+        scored = [
+            (name, [_example(base, prompt, option) for option in options])
+            for name, prompt, options in zip(names, prompts, asked, strict=True)
+        ]
         nlls = engine.score(scored)
     finally:
         engine.close()
     predictions = []
-    for (user_id, query), gold, answer, (_, examples), nll in zip(queries, golds, answers, scored, nlls, strict=True):
-        options = [gold, *(label for label in task.labels if label != gold)]
+    for (user_id, query), options, answer, (_, examples), nll in zip(
+        queries, asked, answers, scored, nlls, strict=True
+    ):
         totals = [mean * example.num_completion for mean, example in zip(nll, examples, strict=True)]
         label = options[int(np.argmin(totals))] if task.labels else None
         text = parse_answer(task, str(base.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)))
-        predictions.append(Prediction(arm, user_id, query.item_id, gold, text, nll[0], label))
+        predictions.append(Prediction(arm, user_id, query.item_id, options[0], text, nll[0], label))
     return predictions
 
 
-def encode_query(base: Base, task: Task, config: Config, query: Item) -> tuple[int, ...]:
+def encode_query(base: Base, task: Task, config: Config, query: Item, memory: Memory | None = None) -> tuple[int, ...]:
     """A query's prompt in tokens, built just as in training."""
-    prompt = make_prompt(task, query, config.task.prompt_order, config.task.max_input_words)
-    room = config.personal.max_length - config.evaluate.max_new_tokens
+    max_words = config.task.max_input_words if config.memory.same_construction else 0
+    prompt = make_prompt(task, query, config.task.prompt_order, max_words)
+    if memory:
+        prompt = memory.add(prompt, query.item_id)
+    room = config.personal.max_length + config.memory.num_extra_tokens - config.evaluate.max_new_tokens
     return encode_prompt(prompt, plain_tokenizer(base.tokenizer), room, first_tokens(base.tokenizer))
+
+
+def complete(base: Base, prompts: Sequence[str], max_new_tokens: int, max_rows: int) -> list[str]:
+    """What the base says to each prompt, of which it reads the last 2,048 tokens: for profiles."""
+    tokenize, start = plain_tokenizer(base.tokenizer), first_tokens(base.tokenizer)
+    requests = [
+        Request(str(i), (*start, *tokenize(prompt)[-2048:]), max_new_tokens=max_new_tokens)
+        for i, prompt in enumerate(prompts)
+    ]
+    engine = Engine(base.model, 1, [], max_rows=max_rows)
+    try:
+        answers = engine.generate(requests, stop_ids(base))
+    finally:
+        engine.close()
+    return [str(base.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)) for answer in answers]
 
 
 def stop_ids(base: Base) -> frozenset[int]:
@@ -115,7 +186,7 @@ def summarise(task: Task, predictions: Sequence[Prediction], num_bootstrap: int,
     Returns:
         `arms.<arm>`: the task's metrics, also `_by_label` (the likeliest label), `nll`, `num_queries`, `num_users`.
         `gains.<arm>`: over the task-adapted model, in the task's first metric; `nll_gains` the same in nats per token;
-        `controls.oppu`: over the swapped adapter. More is better in all of them.
+        `controls.<arm>`: of arms with an own adapter, over `Arm.control`. More is better in all of them.
     """
     by_arm: dict[str, dict[tuple[str, str], Prediction]] = {}
     for prediction in predictions:
@@ -128,14 +199,13 @@ def summarise(task: Task, predictions: Sequence[Prediction], num_bootstrap: int,
     metric = {"classification": "accuracy", "rating": "mae", "generation": "rougeL"}[task.kind]
     others = [arm for arm in by_arm if arm != "task"] if "task" in by_arm else []
     modelled = [arm for arm in others if arm not in HEURISTIC_ARMS]
-    controls = {"oppu": compare("oppu", "swapped", metric)} if {"oppu", "swapped"} <= by_arm.keys() else {}
-    nll_controls = {"oppu": compare("oppu", "swapped", "nll")} if controls else {}
+    controls = [(arm, control) for arm in by_arm if (control := parse_arm(arm).control) in by_arm]
     return {
         "arms": arms,
         "gains": {arm: compare(arm, "task", metric) for arm in others},
         "nll_gains": {arm: compare(arm, "task", "nll") for arm in modelled},
-        "controls": controls,
-        "nll_controls": nll_controls,
+        "controls": {arm: compare(arm, control, metric) for arm, control in controls},
+        "nll_controls": {arm: compare(arm, control, "nll") for arm, control in controls},
     }
 
 
@@ -203,16 +273,25 @@ EXPLAINED = {
 }
 
 
+def explain(name: str) -> str:
+    """What answers, in a few words."""
+    if name in EXPLAINED:
+        return EXPLAINED[name]
+    arm = parse_arm(name)
+    memory = [f"{arm.top_k} past item{'s' * (arm.top_k > 1)}"] * (arm.top_k > 0) + ["profile"] * arm.with_profile
+    return f"{'OPPU' if arm.model == 'own' else 'task-adapted'}, prompt with {' and '.join(memory)}"
+
+
 def format_table(task: Task, summary: dict[str, Any]) -> str:
     """The summary as text: one line per arm with its gain over the task-adapted model and the 95 % interval."""
     metrics = [*task.metrics, "nll"]
-    head = f"{'arm':<17} {'what answers':<36}" + "".join(f"{name:>10}" for name in metrics) + "   gain over task [95 %]"
+    head = f"{'arm':<17} {'what answers':<42}" + "".join(f"{name:>10}" for name in metrics) + "   gain over task [95 %]"
     lines = [head, "-" * len(head)]
     for arm, scores in summary["arms"].items():
         shown = "".join(f"{scores[name]:>10.3f}" if name in scores else f"{'-':>10}" for name in metrics)
         gain = summary["gains"].get(arm)
         tail = f"   {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else ""
-        lines.append(f"{arm:<17} {EXPLAINED.get(arm, arm):<36}{shown}{tail}")
+        lines.append(f"{arm:<17} {explain(arm):<42}{shown}{tail}")
     for name, kind in (("gains", "over task, by user"), ("nll_gains", "over task, nats per token")):
         if gain := summary[name].get("oppu"):
             low, high, mean = (
@@ -222,11 +301,9 @@ def format_table(task: Task, summary: dict[str, Any]) -> str:
             )
             lines.append(f"OPPU {kind}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     for name, kind in (("controls", "answers"), ("nll_controls", "nats per token")):
-        if gain := summary[name].get("oppu"):
-            lines.append(
-                f"OPPU over another user's adapter, {kind}: "
-                f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-            )
+        for arm, gain in summary[name].items():
+            over = "OPPU over another user's adapter" if arm == "oppu" else f"{arm} over {gain['over']}"
+            lines.append(f"{over}, {kind}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
     if gain := summary["gains"].get("oppu"):
         lines.append(f"OPPU changed {gain['changed']:.0%} of the task model's answers.")
     return "\n".join(lines)

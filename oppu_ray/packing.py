@@ -11,6 +11,7 @@ Shapes: T tokens of a stream, C completion tokens to predict.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -79,6 +80,11 @@ def first_tokens(tokenizer: object) -> tuple[int, ...]:
     with_special = tokenizer("a")["input_ids"]  # type: ignore[operator]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[operator]
     return tuple(with_special[: with_special.index(plain[0])])
+
+
+def user_seed(seed: int, user_id: str) -> int:
+    """A user's own seed: from the run's seed and the id, never from the position among other users."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{user_id}".encode()).digest()[:6], "big")
 
 
 def plan_user(user_id: str, seed: int, examples: Sequence[Example], config: TrainConfig) -> UserWork:

@@ -7,7 +7,7 @@ reader might question the default, "next_token": it is the paper's choice and ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from oppu_ray.config import TaskConfig
 from oppu_ray.core import Item, Prompt, TrainingPair
@@ -17,22 +17,14 @@ COMPLETION_SHARE = 0.2
 """Share of an item's words that "completion" puts in the prompt; LaMP's PEFT code draws it from 10 to 25 percent."""
 
 
-def make_pairs(
-    task: Task,
-    items: Sequence[Item],
-    config: TaskConfig,
-    memory_for: Callable[[int], tuple[str, ...]] | None = None,
-    profile: str = "",
-) -> list[TrainingPair]:
-    """One pair per item, in the items' order.
+def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig) -> list[TrainingPair]:
+    """One pair per item, in the items' order; `memory.Memory.add_past` adds what the user did before.
 
     Args:
         items: Oldest first.
         config: Prompt order, cut, and `strategy` for the items without a query-label pair ("": the task's default):
             "next_token" (the whole item after a bare cue; the paper's), "stem" (the item's own answer after a short
             stem; the OPPU code's), "completion" (the rest of the text after its first words) and "title_to_abstract".
-        memory_for: Gives the retrieved lines for item i; it must look only at the items before i.
-        profile: The user's text profile.
 
     Raises:
         ValueError: The strategy is not one of the task's, or an item lacks what the strategy needs.
@@ -41,14 +33,13 @@ def make_pairs(
         allowed = ", ".join(task.strategies) or "none, every item has a query-label pair"
         raise ValueError(f"task.strategy: {config.strategy!r} does not fit {task.name}; expected one of: {allowed}")
     pairs = []
-    for index, item in enumerate(items):
-        memory = memory_for(index) if memory_for else ()
+    for item in items:
         if not missing_fields(task, item):
-            prompt = make_prompt(task, item, config.prompt_order, config.max_input_words, profile, memory)
+            prompt = make_prompt(task, item, config.prompt_order, config.max_input_words)
             completion = target_text(task, item)
         else:
             asked, cue, completion = _split_item(task, item, config)
-            prompt = Prompt("", asked, f"\n{cue}", one_line(profile), tuple(memory), config.prompt_order)
+            prompt = Prompt("", asked, f"\n{cue}", order=config.prompt_order)
         pairs.append(TrainingPair(prompt, " " + completion, item.item_id))
     return pairs
 

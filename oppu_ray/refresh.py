@@ -17,11 +17,11 @@ from pathlib import Path
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import UserDone, UserHistory
-from oppu_ray.packing import plan_user
+from oppu_ray.packing import plan_user, user_seed
 from oppu_ray.registry import UserHash
 from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault
-from oppu_ray.workers import encode_user, open_base, user_seed, with_lineage
+from oppu_ray.workers import encode_user, open_base, with_lineage
 
 LEASE_S = 300.0
 

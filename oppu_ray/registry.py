@@ -253,8 +253,8 @@ class Registry:
         with self._read() as connection:
             return [Version(**row._mapping) for row in connection.execute(chosen)]
 
-    def publish(self, lease: Lease, version: Version, expected: str | None) -> None:
-        """Record a version and make it current, in one transaction; adds the user if new.
+    def publish(self, lease: Lease, version: Version, expected: str | None, make_current: bool = True) -> None:
+        """Record a version and, unless told not to, make it current, in one transaction; adds the user if new.
 
         Raises:
             Refused: The lease was lost, `current` is no longer `expected`, or the run has committed this user.
@@ -266,7 +266,7 @@ class Registry:
             if row is None:
                 connection.execute(sa.insert(_USERS).values(user_hash=user_hash, created_at=self._clock()))
             current = None if row is None else row.current
-            self._move(connection, user_hash, current, expected, version.version)
+            self._move(connection, user_hash, current, expected, version.version if make_current else current)
             connection.execute(sa.insert(_VERSIONS).values(**asdict(version)))
             if version.run_id:
                 unit = {"run_id": version.run_id, "user_hash": user_hash}
@@ -512,7 +512,7 @@ class Registry:
             connection.execute(sa.update(_SCHEMA).values(version=newest))
 
     def _move(
-        self, connection: sa.Connection, user_hash: str, current: str | None, expected: str | None, version: str
+        self, connection: sa.Connection, user_hash: str, current: str | None, expected: str | None, version: str | None
     ) -> None:
         if current != expected:
             raise Refused(f"user {user_hash[:12]}: current version is {current}, expected {expected}; try again")

@@ -22,15 +22,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import faiss
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
-
-from oppu_ray.files import write_atomic
+from safetensors import SafetensorError
 
 log = logging.getLogger(__name__)
 
@@ -316,7 +313,7 @@ def make_retriever(
         kind: One of `KINDS`.
         seed: The user's own seed; only "random" reads it.
         embedder: Needed by "dense" and "hybrid", for the queries.
-        vectors: float32 [N, D] of the texts by the same embedder, if at hand (`load_or_embed`); else embedded here.
+        vectors: float32 [N, D] of the texts by the same embedder, if at hand (`update_vectors`); else embedded here.
         faiss_device: See `Dense`.
 
     Raises:
@@ -336,8 +333,13 @@ def make_retriever(
     return dense if kind == "dense" else Hybrid(Bm25(texts, item_ids), dense, texts, item_ids)
 
 
-def retrieve_past_only(retriever: Retriever, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
+def retrieve_past_only(
+    retriever: Retriever, queries: Sequence[str], top_k: int, exclude: Sequence[frozenset[str]] | None = None
+) -> list[list[Hit]]:
     """For training: `queries[i]` belongs to item i and sees only the items before it. All queries are embedded at once.
+
+    Args:
+        exclude: Per query, item ids that must not be returned, as in `Retriever.search`.
 
     Raises:
         ValueError: `top_k` is negative, or there is not one query per item.
@@ -348,7 +350,8 @@ def retrieve_past_only(retriever: Retriever, queries: Sequence[str], top_k: int)
     if top_k == 0:
         return [[] for _ in queries]
     prepared = retriever._prepare(queries)
-    return [retriever._best(query, prepared[i], top_k, i, frozenset()) for i, query in enumerate(queries)]
+    hidden = exclude or [frozenset()] * len(queries)
+    return [retriever._best(query, prepared[i], top_k, i, hidden[i]) for i, query in enumerate(queries)]
 
 
 @cache
@@ -382,8 +385,8 @@ def check_vectors(vectors: np.ndarray, num_rows: int) -> None:
         raise ValueError(f"vector {bad[0]} has length {lengths[bad[0]]}: expected finite numbers and length 1")
 
 
-def save_vectors(path: Path, vectors: np.ndarray, embedder_fingerprint: str, item_ids: Sequence[str]) -> None:
-    """Writes float32 [N, D] unit vectors and what they belong to, atomically, as one safetensors file.
+def vectors_to_bytes(vectors: np.ndarray, embedder_fingerprint: str, item_ids: Sequence[str]) -> bytes:
+    """float32 [N, D] unit vectors and what they belong to, as one safetensors file.
 
     The checksum covers vectors, shape, ids and fingerprint: safetensors itself loads flipped data bytes silently.
 
@@ -398,22 +401,19 @@ def save_vectors(path: Path, vectors: np.ndarray, embedder_fingerprint: str, ite
         "item_ids": ids,
         "sha256": _checksum(vectors, embedder_fingerprint, ids),
     }
-    payload = safetensors.numpy.save({"vectors": np.ascontiguousarray(vectors)}, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, payload)
+    return safetensors.numpy.save({"vectors": np.ascontiguousarray(vectors)}, metadata)
 
 
-def load_vectors(path: Path, expect_fingerprint: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def vectors_from_bytes(data: bytes, expect_fingerprint: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Vectors float32 [N, D] and their N item ids, verified.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Damaged in any way, or made by another embedder. Names the path; the vectors must be made anew.
+        ValueError: Damaged in any way, or made by another embedder: the vectors must be made anew.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            vectors = file.get_tensor("vectors")
+        vectors = safetensors.numpy.load(data)["vectors"]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header["__metadata__"]
         ids = metadata["item_ids"]
         intact = (
             metadata["format"] == VECTORS_FORMAT
@@ -421,16 +421,14 @@ def load_vectors(path: Path, expect_fingerprint: str) -> tuple[np.ndarray, tuple
             and set(metadata) == {"format", "embedder", "item_ids", "sha256"}
         )
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable vector file ({error}): expected {VECTORS_FORMAT}") from error
+        raise ValueError(f"stored vectors are not readable ({error}): expected {VECTORS_FORMAT}") from error
     if not intact:
-        raise ValueError(f"{path}: checksum or format does not match: expected an undamaged {VECTORS_FORMAT} file")
+        raise ValueError(f"stored vectors: checksum or format does not match: expected undamaged {VECTORS_FORMAT}")
     if metadata["embedder"] != expect_fingerprint:
-        raise ValueError(f"{path}: made by embedder {metadata['embedder'][:16]}: expected {expect_fingerprint[:16]}")
+        made_by, here = metadata["embedder"][:16], expect_fingerprint[:16]
+        raise ValueError(f"stored vectors were made by embedder {made_by}: expected {here}")
     item_ids = tuple(json.loads(ids))
-    try:
-        check_vectors(vectors, len(item_ids))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    check_vectors(vectors, len(item_ids))
     return vectors, item_ids
 
 
@@ -439,27 +437,27 @@ def _checksum(vectors: np.ndarray, embedder_fingerprint: str, ids: str) -> str:
     return hashlib.sha256(parts.encode() + vectors.tobytes()).hexdigest()
 
 
-def load_or_embed(path: Path, texts: Sequence[str], item_ids: Sequence[str], embedder: TextEmbedder) -> np.ndarray:
-    """The vectors of a user's items, float32 [N, D]: from the file as far as it holds them, else embedded, then saved.
+def update_vectors(
+    stored: bytes | None, texts: Sequence[str], item_ids: Sequence[str], embedder: TextEmbedder
+) -> tuple[np.ndarray, bytes]:
+    """The vectors of a user's items, float32 [N, D], and what to store: from `stored` as far as it holds them.
 
-    Items are known by id and text, so an edited item is embedded anew. A file that is damaged or made by another
-    embedder is refused, the reason logged, and rebuilt whole.
+    Items are known by id and text, so an edited item is embedded anew. What is damaged or made by another embedder is
+    refused, the reason logged, and rebuilt whole.
     """
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
     keys = [f"{item_id} {digest}" for item_id, digest in zip(item_ids, digests, strict=True)]
     known: dict[str, np.ndarray] = {}
-    try:
-        stored, stored_keys = load_vectors(path, embedder.fingerprint)
-        if list(stored_keys) == keys:
-            return stored
-        known.update(zip(stored_keys, stored, strict=True))
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        log.warning("rebuilding vectors: %s", error)
+    if stored is not None:
+        try:
+            vectors, stored_keys = vectors_from_bytes(stored, embedder.fingerprint)
+            if list(stored_keys) == keys:
+                return vectors, stored
+            known.update(zip(stored_keys, vectors, strict=True))
+        except ValueError as error:
+            log.warning("rebuilding vectors: %s", error)
     new = [i for i, key in enumerate(keys) if key not in known]
     embedded = embedder.embed([texts[i] for i in new])
     known.update(zip((keys[i] for i in new), embedded, strict=True))
     vectors = np.array([known[key] for key in keys], dtype=np.float32).reshape(len(keys), embedded.shape[1])
-    save_vectors(path, vectors, embedder.fingerprint, keys)
-    return vectors
+    return vectors, vectors_to_bytes(vectors, embedder.fingerprint, keys)

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,22 @@ from typing import Any
 import torch
 
 from oppu_ray import __version__
-from oppu_ray.base_model import load_base, merge_adapter
+from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
-from oppu_ray.config import Config, to_dict
+from oppu_ray.config import Config, MemoryConfig, to_dict
 from oppu_ray.core import Pack, Prediction, TrainResult
-from oppu_ray.evaluation import HEURISTIC_ARMS, MODEL_ARMS, answer_by_habit, format_table, summarise
+from oppu_ray.evaluation import Arm, answer_by_habit, format_table, parse_arm, summarise
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
-from oppu_ray.packing import plan_packs, plan_shards, plan_user
+from oppu_ray.memory import Memories
+from oppu_ray.packing import plan_packs, plan_shards, plan_user, user_seed
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
 from oppu_ray.progress import Progress, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
 from oppu_ray.vault import open_vault
-from oppu_ray.workers import encode_user, open_base, run_units, user_seed
+from oppu_ray.workers import encode_user, open_base, profile_writer, run_units
 
 TASK_ADAPTER = "task adapter"
 
@@ -66,13 +67,25 @@ def prepare(config: Config) -> dict[str, Any]:
 
 
 def adapt(config: Config) -> dict[str, Any]:
-    """Train one LoRA on all base users' items and merge it into the base: what all personal adapters stand on."""
-    folder = _folder(config, "adapt")
+    """Train one LoRA on all base users' items and merge it into the base: what all personal adapters stand on.
+
+    So once for every kind of prompt that the arms need; the result of the plain one is returned.
+    """
     index = read_index(_folder(config, "prepare"))
+    base = open_base(config)
+    return [_adapt(one, index, base) for one in _kinds(config, _arms(config))][0]
+
+
+def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
+    folder = _own_folder(config, "adapt")
     with _result(config, "adapt") as result:
-        base = open_base(config)
         task_id = _digest(
-            index.fingerprint, base.fingerprint, to_dict(config)["adapt"], to_dict(config)["task"], config.seed
+            index.fingerprint,
+            base.fingerprint,
+            to_dict(config)["adapt"],
+            to_dict(config)["task"],
+            config.seed,
+            *config.memory.recipe.items(),
         )
         target = folder / f"base-{task_id}"
         result["fingerprints"] |= {"base": base.fingerprint, "histories": index.fingerprint}
@@ -95,9 +108,14 @@ def _train_task_adapter(config: Config, index: Index, base: Any) -> TrainResult:
     user_ids = [size.user_id for size in index.sizes("base")]
     users = read_users(_folder(config, "prepare"), index, user_ids)
     personal = dataclasses.replace(config, personal=config.adapt)
-    examples = [example for user in users for example in encode_user(personal, user, base)]
+    vault = open_vault(config)
+    memories = Memories(config, vault, profile_writer(config))
+    memories.write_profiles(users)
+    examples = [example for user in users for example in encode_user(personal, user, base, memories.open(user))]
+    vault.close()
     work = plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
-    with progress_bar("task adapter", len(work.steps), "step", _folder(config, ""), "adapt") as progress:
+    label = f"task adapter {config.memory.name}".rstrip()
+    with progress_bar(label, len(work.steps), "step", _folder(config, ""), "adapt") as progress:
         (trained,) = train_pack(base.model, [work], config.adapt, lambda tokens, _: progress.advance(1, tokens))
     return trained
 
@@ -105,9 +123,17 @@ def _train_task_adapter(config: Config, index: Index, base: Any) -> TrainResult:
 def train(config: Config) -> dict[str, Any]:
     """Train one adapter per target user on that user's past alone, and commit each to the vault as it is done.
 
+    So once for every kind of prompt in which an arm answers by the user's own adapter. The result is the plain one's,
+    but for `num_to_retry`, which counts all.
+
     Raises:
         Interrupted: The process got SIGTERM. What is done is kept, and the stage goes on from there when run again.
     """
+    results = [_train(one) for one in _kinds(config, _own_arms(config))]
+    return {**results[0], "num_to_retry": sum(result["num_to_retry"] for result in results)}
+
+
+def _train(config: Config) -> dict[str, Any]:
     index, task_base, run_id = _plan(config)
     shards = _shards(config, index)
     num_users, num_packs = len(index.sizes("target")), sum(map(len, shards))
@@ -116,9 +142,10 @@ def train(config: Config) -> dict[str, Any]:
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
         open_vault(config).close()
         started = time.monotonic()
+        label = f"personal adapters {config.memory.name}".rstrip()
         with (
             stop_on_sigterm() as should_stop,
-            progress_bar("personal adapters", num_users, "user", _folder(config, ""), "train", num_packs) as progress,
+            progress_bar(label, num_users, "user", _folder(config, ""), "train", num_packs) as progress,
         ):
             units = [[(pack.user_ids,) for pack in shard] for shard in shards]
             for done in run_units(config, task_base, run_id, "train", units, progress, should_stop):
@@ -158,72 +185,81 @@ def train(config: Config) -> dict[str, Any]:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer every target user's later items by every arm and compare; resumes where it was stopped."""
-    known = (*HEURISTIC_ARMS, *MODEL_ARMS)
-    if unknown := [arm for arm in config.evaluate.arms if arm not in known]:
-        raise ValueError(f"evaluate.arms: {unknown[0]!r} is unknown; expected one of {', '.join(known)}")
-    index, task_base, run_id = _plan(config)
+    arms = _arms(config)
+    plans = {one.memory: (one, *_plan(one)[1:]) for one in _kinds(config, arms)}
+    index = read_index(_folder(config, "prepare"))
     folder, task = _folder(config, "evaluate"), get_task(config.task)
     with _result(config, "evaluate") as result:
-        vault = open_vault(config)
-        sizes = sorted(index.sizes("target"), key=lambda size: size.user_id)
-        trained = vault.done(run_id, [size.user_id for size in sizes])
-        vault.close()
-        user_ids = [size.user_id for size in sizes if size.user_id in trained]
-        user_ids = user_ids[: config.evaluate.max_users or None]
-        if not user_ids:
-            raise ValueError(f"run {run_id} has no trained user in {vault.root}: run `train` first")
-        evaluation_id = _digest(run_id, to_dict(config)["evaluate"], user_ids)
+        user_ids = _trained_users(config, index)
         arms = [
             arm
-            for arm in config.evaluate.arms
-            if (task.labels or arm not in HEURISTIC_ARMS) and (arm != "swapped" or len(user_ids) > 1)
+            for arm in arms
+            if (task.labels or arm.model != "habit") and (arm.model != "swapped" or len(user_ids) > 1)
         ]
+        answering = config.evaluate.max_new_tokens, config.evaluate.batch_rows, config.memory.same_construction
+        evaluation_ids = {arm.name: _digest(plans[_memory_of(config, arm)][2], *answering, user_ids) for arm in arms}
         num_queries = {user_id: index.entries[user_id].size.num_queries for user_id in user_ids}
-        predictions = _resume_predictions(folder / "predictions.jsonl", evaluation_id, num_queries)
+        predictions = _resume_predictions(folder / "predictions.jsonl", evaluation_ids, num_queries)
         seen = {(prediction.arm, prediction.user_id) for prediction in predictions}
-        left = {arm: [user_id for user_id in user_ids if (arm, user_id) not in seen] for arm in arms}
+        left = {arm: [user_id for user_id in user_ids if (arm.name, user_id) not in seen] for arm in arms}
         (folder / "predictions.jsonl").touch(mode=0o600)
         total = sum(num_queries[user_id] for users in left.values() for user_id in users)
         with (
             (folder / "predictions.jsonl").open("a", encoding="utf-8", buffering=1) as file,
             progress_bar("answers", total, "answer", _folder(config, ""), "evaluate") as progress,
         ):
-            for prediction in _answers(config, index, task_base, run_id, left, user_ids, progress):
-                line = {"evaluation": evaluation_id, **dataclasses.asdict(prediction)}
+            for prediction in _answers(config, index, list(plans.values()), left, user_ids, progress):
+                line = {"evaluation": evaluation_ids[prediction.arm], **dataclasses.asdict(prediction)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 predictions.append(prediction)
                 progress.advance(1, 0)
-        order = {arm: number for number, arm in enumerate(arms)}
+        order = {arm.name: number for number, arm in enumerate(arms)}
         predictions.sort(key=lambda prediction: (order[prediction.arm], prediction.user_id))
-        result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
+        result["fingerprints"] |= {"histories": index.fingerprint, "run": plans[config.memory][2]}
         result |= summarise(task, predictions, config.evaluate.num_bootstrap, config.seed)
         print(format_table(task, result))
     return result
 
 
+def _trained_users(config: Config, index: Index) -> list[str]:
+    """The targets who have an adapter for every arm that answers by their own: all arms answer the same queries."""
+    user_ids = sorted(size.user_id for size in index.sizes("target"))
+    vault = open_vault(config)
+    for one in _kinds(config, _own_arms(config)):
+        run_id = _plan(one)[2]
+        trained = vault.done(run_id, user_ids)
+        user_ids = [user_id for user_id in user_ids if user_id in trained]
+        if not user_ids:
+            raise ValueError(f"run {run_id} has no trained user in {vault.root}: run `train` first")
+    vault.close()
+    return user_ids[: config.evaluate.max_users or None]
+
+
 def _answers(
     config: Config,
     index: Index,
-    task_base: Path,
-    run_id: str,
-    left: dict[str, list[str]],
+    plans: list[tuple[Config, Path, str]],
+    left: dict[Arm, list[str]],
     everyone: list[str],
     progress: Progress,
 ) -> Iterator[Prediction]:
-    """Answers by arm for the users in `left`; all arms that need a model in one call, so that workers start once."""
+    """Answers by arm for the users in `left`; arms with one kind of prompt in one call, so that workers start once."""
     partner = dict(zip(everyone, [*everyone[1:], everyone[0]], strict=True))
     shards = _shards(config, index)
-    units: list[list[tuple[Any, ...]]] = [[] for _ in shards]
     for arm, user_ids in left.items():
-        if arm in HEURISTIC_ARMS:
+        if arm.model == "habit":
             users = read_users(_folder(config, "prepare"), index, user_ids)
-            yield from answer_by_habit(get_task(config.task), arm, users, index.labels)
-        else:
-            wanted = set(user_ids)
-            for shard, own in zip(shards, units, strict=True):
-                parts = [tuple(user_id for user_id in pack.user_ids if user_id in wanted) for pack in shard]
-                own += [(part, arm, tuple(partner[user_id] for user_id in part)) for part in parts if part]
-    yield from run_units(config, task_base, run_id, "answer", units, progress)
+            yield from answer_by_habit(get_task(config.task), arm.name, users, index.labels)
+    for one, task_base, run_id in plans:
+        units: list[list[tuple[Any, ...]]] = [[] for _ in shards]
+        for arm, user_ids in left.items():
+            if arm.model != "habit" and _memory_of(config, arm) == one.memory:
+                wanted = set(user_ids)
+                for shard, own in zip(shards, units, strict=True):
+                    parts = [tuple(user_id for user_id in pack.user_ids if user_id in wanted) for pack in shard]
+                    own += [(part, arm.name, tuple(partner[user_id] for user_id in part)) for part in parts if part]
+        if any(units):
+            yield from run_units(one, task_base, run_id, "answer", units, progress)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -240,7 +276,7 @@ def _shards(config: Config, index: Index) -> list[list[Pack]]:
 def _plan(config: Config) -> tuple[Index, Path, str]:
     """The prepared index, the task base and the run's id: a digest of all that an adapter depends on."""
     index = read_index(_folder(config, "prepare"))
-    path = _folder(config, "adapt") / "result.json"
+    path = _own_folder(config, "adapt") / "result.json"
     if not path.exists():
         raise ValueError(f"{path} does not exist: run `adapt` with this config first")
     adapted = json.loads(path.read_text())
@@ -248,8 +284,34 @@ def _plan(config: Config) -> tuple[Index, Path, str]:
         raise ValueError(f"{path} belongs to other histories than {config.run_dir}/prepare: run `adapt` again")
     values = to_dict(config)
     task_base = adapted["fingerprints"]["task_base"]
-    run_id = _digest(index.fingerprint, task_base, values["personal"], values["task"], config.seed)
+    parts = index.fingerprint, task_base, values["personal"], values["task"], config.seed
+    run_id = _digest(*parts, *config.memory.recipe.items())
     return index, Path(adapted["task_base"]), run_id
+
+
+def _arms(config: Config) -> list[Arm]:
+    return [parse_arm(name) for name in config.evaluate.arms]
+
+
+def _own_arms(config: Config) -> list[Arm]:
+    return [arm for arm in _arms(config) if arm.model == "own"]
+
+
+def _memory_of(config: Config, arm: Arm) -> MemoryConfig:
+    return dataclasses.replace(config.memory, top_k=arm.top_k, with_profile=arm.with_profile)
+
+
+def _kinds(config: Config, arms: Iterable[Arm]) -> list[Config]:
+    """The config once per kind of prompt that `arms` need. The plain kind is always there, and first: it is what gains
+    are measured against, and what is served.
+    """
+    memories = dict.fromkeys([config.memory, *(_memory_of(config, arm) for arm in arms)])
+    return [dataclasses.replace(config, memory=memory) for memory in memories]
+
+
+def _own_folder(config: Config, stage: str) -> Path:
+    """A stage's folder for the config's kind of prompt: `<stage>` for the plain kind, `<stage>/k2` with two items."""
+    return _folder(config, f"{stage}/{config.memory.name}")
 
 
 def _folder(config: Config, name: str) -> Path:
@@ -262,15 +324,18 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _resume_predictions(path: Path, evaluation_id: str, num_queries: dict[str, int]) -> list[Prediction]:
-    """The answers that need not be given again. A torn last line leaves the file, and so does a user cut short."""
+def _resume_predictions(path: Path, evaluation_ids: dict[str, str], num_queries: dict[str, int]) -> list[Prediction]:
+    """The answers that need not be given again, of each arm's own evaluation id.
+
+    A torn last line leaves the file, and so does a user cut short.
+    """
     if not path.exists():
         return []
     kept: list[bytes] = []
     mine: dict[tuple[str, str], list[tuple[bytes, Prediction]]] = {}
     for line in path.read_bytes().split(b"\n")[:-1]:
         values = json.loads(line)
-        if values.pop("evaluation") == evaluation_id:
+        if values.pop("evaluation") == evaluation_ids.get(values["arm"]):
             mine.setdefault((values["arm"], values["user_id"]), []).append((line, Prediction(**values)))
         else:
             kept.append(line)
@@ -287,7 +352,7 @@ def _result(config: Config, command: str) -> Iterator[dict[str, Any]]:
     result: dict[str, Any] = {"command": command, "config": to_dict(config), "hardware": hardware(), "fingerprints": {}}
     yield result
     result["elapsed_s"] = time.monotonic() - started
-    write_atomic(_folder(config, command) / "result.json", json.dumps(result, indent=1).encode())
+    write_atomic(_own_folder(config, command) / "result.json", json.dumps(result, indent=1).encode())
 
 
 def hardware() -> dict[str, Any]:

@@ -216,16 +216,12 @@ def one_line(text: str, max_words: int = 0) -> str:
     return " ".join(words[:max_words] if max_words else words)
 
 
-def make_prompt(
-    task: Task, item: Item, order: str, max_input_words: int, profile: str = "", memory: tuple[str, ...] = ()
-) -> Prompt:
-    """The question about `item`; its target is not looked at.
+def make_prompt(task: Task, item: Item, order: str, max_input_words: int) -> Prompt:
+    """The question about `item`, as yet without the user's past; its target is not looked at.
 
     Args:
         order: One of `PROMPT_ORDERS`.
         max_input_words: Cut for the item's own text (0: none); a chat keeps its latest words, all others their first.
-        profile: The user's text profile.
-        memory: Retrieved items as lines, best first.
 
     Raises:
         ValueError: Unknown order, or the item lacks an input.
@@ -242,7 +238,7 @@ def make_prompt(
             lines.extend(f"[{number}]: {one_line(option)}" for number, option in enumerate(value, start=1))
         else:
             lines.append(f"{name}: {one_line(value, max_input_words)}")
-    return Prompt(task.instruction, "\n".join(lines), f"\n{task.cue}:", one_line(profile), tuple(memory), order)
+    return Prompt(task.instruction, "\n".join(lines), f"\n{task.cue}:", order=order)
 
 
 def target_text(task: Task, item: Item) -> str:

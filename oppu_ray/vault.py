@@ -180,8 +180,15 @@ class Vault:
 
     # ---- adapter versions
 
-    def commit(self, user: str, adapter: AdapterState, manifest: Manifest, lease: Lease | None = None) -> str:
-        """Store an adapter as the user's new current version; returns the version.
+    def commit(
+        self,
+        user: str,
+        adapter: AdapterState,
+        manifest: Manifest,
+        lease: Lease | None = None,
+        make_current: bool = True,
+    ) -> str:
+        """Store an adapter as the user's new current version, or beside the current one; returns the version.
 
         Without a lease it takes one for itself. If the manifest's run has committed this user, nothing is written and
         that version is returned.
@@ -201,7 +208,7 @@ class Vault:
             if lease.user_hash != user_hash:
                 raise Refused(f"user {user_hash[:12]}: the lease is for user {lease.user_hash[:12]}")
             with disk_errors(user_hash, "commit"):
-                return self._commit(lease, adapter, manifest)
+                return self._commit(lease, adapter, manifest, make_current)
         finally:
             if own is not None:
                 step(self.registry.release_lease, own)
@@ -239,10 +246,14 @@ class Vault:
         self.registry.use(user_hash, version, before.version if before else None)
 
     def rollback(self, user: str) -> str:
-        """Make the newest good version before the current one current; returns it."""
+        """Make the newest good version before the current one, of the same base, current; returns it."""
         user_hash = self.user_hash(user)
         current = self._find(user_hash, None)
-        older = [row for row in self.registry.versions(user_hash) if row.is_good and row.number < current.number]
+        older = [
+            row
+            for row in self.registry.versions(user_hash)
+            if row.is_good and row.number < current.number and row.base_fingerprint == current.base_fingerprint
+        ]
         if not older:
             raise ValueError(f"user {user_hash[:12]}: no good version before {current.version}")
         self.use(user_hash, older[-1].version)
@@ -457,7 +468,7 @@ class Vault:
 
     # ---- inside
 
-    def _commit(self, lease: Lease, adapter: AdapterState, manifest: Manifest) -> str:
+    def _commit(self, lease: Lease, adapter: AdapterState, manifest: Manifest, make_current: bool) -> str:
         user_hash = lease.user_hash
         self.registry.check_lease(
             lease
@@ -479,7 +490,7 @@ class Vault:
             raise
         sync_folder(folder.parent)
         try:
-            step(self.registry.publish, lease, row, parent)
+            step(self.registry.publish, lease, row, parent, make_current)
         except Refused:  # after any other failure the row may be there: then only gc may judge
             remove(folder)
             raise

@@ -12,12 +12,12 @@ from its checkpoint), so that its products have the same shapes and its adapters
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from oppu_ray.config import Config, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDone, UserHistory, UserWork
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
-from oppu_ray.packing import encode, plan_user
+from oppu_ray.memory import Memories, Memory
+from oppu_ray.packing import encode, plan_user, user_seed
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import read_index, read_users
 from oppu_ray.progress import Interrupted, Progress
@@ -45,11 +46,7 @@ LEASE_POLL_S = 0.5
 
 logger = logging.getLogger(__name__)
 Unit = tuple[str, ...]
-
-
-def user_seed(seed: int, user_id: str) -> int:
-    """A user's own seed: from the run's seed and the id, never from the position among other users."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{user_id}".encode()).digest()[:6], "big")
+PROFILE_TOKENS = 160  # for a model to write; `profiles` keeps 120 words
 
 
 def open_base(config: Config, path: Path | None = None) -> Base:
@@ -61,6 +58,13 @@ def open_base(config: Config, path: Path | None = None) -> Base:
     gc.collect()
     gc.freeze()  # a loaded model is many objects that Python would look through again and again: 4 % of a step
     return base
+
+
+def profile_writer(config: Config) -> Callable[[Sequence[str]], list[str]]:
+    """Prompts to texts, by the model that `memory.profile` names; it is loaded when first asked."""
+    base = config.base if config.memory.profile == "base" else replace(config.base, name=config.memory.profile)
+    load = cache(lambda: open_base(replace(config, base=base)))
+    return lambda prompts: evaluation.complete(load(), prompts, PROFILE_TOKENS, config.evaluate.batch_rows)
 
 
 class Worker:
@@ -98,6 +102,11 @@ class Worker:
             self.telemetry.add("oppu_base_loads_total")
         return self._bases[path]
 
+    @cached_property
+    def memories(self) -> Memories:
+        """The memories of the users; not made with the worker, for it may have to load an embedder."""
+        return Memories(self.config, self.vault, profile_writer(self.config))
+
     def train(self, unit: Unit, num_splits: int = 0, progress: Any = None) -> Iterator[UserDone]:
         """Train and commit a pack.
 
@@ -116,10 +125,17 @@ class Worker:
             yield from self._lease(unit, leases)  # before reading: who forgets a user ends their lease
             base = self._base(self.task_base_path)
             works, item_ids = [], {}
+            kept: list[UserHistory] = []
             for user in read_users(self.run_dir / "prepare", self.index, tuple(leases)):
                 item_ids[user.user_id] = tuple(item.item_id for item in user.items)
                 try:
                     self._keep_history(user, leases[user.user_id])
+                    kept.append(user)
+                except ValueError as error:
+                    yield _failed(user.user_id, str(error))
+            self.memories.write_profiles(kept)
+            for user in kept:
+                try:
                     works.append(self._work(user, base))
                 except ValueError as error:
                     yield _failed(user.user_id, str(error))
@@ -242,8 +258,9 @@ class Worker:
         return UserDone(user_id, version, None, first, last, num_steps, result.num_useful_tokens)
 
     def _commit(self, user_id: str, adapter: AdapterState, manifest: Manifest, leases: dict[str, Lease]) -> str:
+        is_served = not self.config.memory.name
         try:
-            return self.vault.commit(user_id, adapter, manifest, leases[user_id])
+            return self.vault.commit(user_id, adapter, manifest, leases[user_id], is_served)
         except Refused:
             # Another worker of this very run may have taken the user over (the run was submitted twice): whoever
             # comes first commits, with the same bits. But a user whom nobody holds was forgotten.
@@ -253,21 +270,21 @@ class Worker:
             if self.vault.registry.leaseholder(user_hash) != self.run_id:
                 raise
             leases[user_id] = self.vault.lease(user_id, self.run_id, LEASE_TTL_S)
-            return self.vault.commit(user_id, adapter, manifest, leases[user_id])
+            return self.vault.commit(user_id, adapter, manifest, leases[user_id], is_served)
 
     def _work(self, user: UserHistory, base: Base) -> UserWork:
-        examples = encode_user(self.config, user, base)
+        examples = encode_user(self.config, user, base, self.memories.open(user))
         return plan_user(user.user_id, user_seed(self.config.seed, user.user_id), examples, self.config.personal)
 
     def answer(self, unit: Unit, arm: str, partners: Unit = (), progress: Any = None) -> Iterator[Prediction]:
         """Answer the users' queries by one arm; `partners` are the users whose adapters "swapped" uses."""
         base = self._base(None if arm == "base" else self.task_base_path)
         users = read_users(self.run_dir / "prepare", self.index, unit)
-        adapters = None
-        if arm in ("oppu", "swapped"):
-            owners = partners if arm == "swapped" else unit
-            adapters = [self._adapter(owner, base) for owner in owners]
-        yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, progress)
+        self.memories.write_profiles(users)
+        memories = [self.memories.open(user) for user in users]
+        owners = {"own": unit, "swapped": partners}.get(evaluation.parse_arm(arm).model)
+        adapters = [self._adapter(owner, base) for owner in owners] if owners is not None else None
+        yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, memories, progress)
 
     def _adapter(self, user_id: str, base: Base) -> AdapterState:
         """The adapter that this run committed for the user, whatever has become current since."""
@@ -286,7 +303,7 @@ def with_lineage(
         base_fingerprint=base.fingerprint,
         task_fingerprint="" if base.path == prepare_base(config.base) else base.path.name,
         item_ids=item_ids,
-        recipe=to_dict(config.personal),
+        recipe=to_dict(config.personal) | ({"memory": config.memory.recipe} if config.memory.name else {}),
         seed=seed,
         metrics={"first_loss": result.losses[0], "last_loss": result.losses[-1]},
         run_id=run_id,
@@ -295,10 +312,13 @@ def with_lineage(
     return replace(result.adapter, peft_config=named), manifest
 
 
-def encode_user(config: Config, user: UserHistory, base: Base) -> list[Example]:
+def encode_user(config: Config, user: UserHistory, base: Base, memory: Memory | None = None) -> list[Example]:
     """A user's items as tokenised training examples."""
     pairs = make_pairs(get_task(config.task), user.items, config.task)
-    return [encode(pair, base.tokenizer, config.personal.max_length) for pair in pairs]
+    if memory:
+        pairs = memory.add_past(pairs)
+    max_length = config.personal.max_length + config.memory.num_extra_tokens
+    return [encode(pair, base.tokenizer, max_length) for pair in pairs]
 
 
 def run_units(

@@ -57,6 +57,10 @@ def test_values_are_converted_by_the_fields_type(path: Path) -> None:
         ("personal: {share_prefix: 1}", "personal.share_prefix: expected bool, found 1"),
         ("task: {name: yes}", "task.name: expected str, found True"),
         ("task: {name: {a: b}}", "task.name: expected str, found {'a': 'b'}"),
+        (
+            "memory: {top_k: 2}",
+            "memory.top_k and memory.with_profile are named by the arm",
+        ),
         ("task: {labels: a}", "task.labels: expected tuple, found 'a'"),
         ("task: {labels: [a, null]}", "task.labels: expected str, found None"),
         ("data: {columns: [text]}", r"data.columns: expected dict, found \['text'\]"),

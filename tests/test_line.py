@@ -182,11 +182,11 @@ def test_a_run_stopped_in_its_second_pack_continues_to_the_same_bits(
 ) -> None:
     commit, commits = Vault.commit, []
 
-    def stop_at_the_fourth(*arguments: Any) -> str:
+    def stop_at_the_fourth(*arguments: Any, **options: Any) -> str:
         commits.append(arguments[1])
         if len(commits) == 4:
             raise KeyboardInterrupt
-        return commit(*arguments)
+        return commit(*arguments, **options)
 
     monkeypatch.setattr(Vault, "commit", stop_at_the_fourth)
     assert main(["train", str(fresh)]) == 3
@@ -242,7 +242,7 @@ def test_a_line_separator_in_an_answer_is_text(inline: Path, tmp_path: Path) -> 
     line = predictions(inline)[0] | {"text": "one\u2028two\x85three"}
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(line, ensure_ascii=False) + "\n")
-    kept = stages._resume_predictions(path, line.pop("evaluation"), {line["user_id"]: 1})
+    kept = stages._resume_predictions(path, {line["arm"]: line.pop("evaluation")}, {line["user_id"]: 1})
     assert [dataclasses.asdict(one) for one in kept] == [line]
 
 
@@ -285,7 +285,7 @@ def test_two_actors_give_the_same_adapters_and_answers_and_leak_no_word(
             "evaluate.arms: 'opu' is unknown; expected one of majority_global",
         ),
         ("adapt", ("run_dir=nowhere",), "index.json does not exist: run `prepare` with this config first"),
-        ("prepare", ("data.path=nowhere.jsonl",), "data.path: 'nowhere.jsonl' does not exist"),
+        ("prepare", ("data.path=nowhere.jsonl",), "nowhere.jsonl' does not exist"),
     ],
 )
 def test_a_stage_too_early_or_a_wrong_value_says_what_to_do(

@@ -82,30 +82,6 @@ def test_an_item_too_poor_for_its_strategy_is_an_error_that_names_it() -> None:
         pair("LaMP-4", Item("h1", text="An article"))
 
 
-@pytest.mark.parametrize("name", ["LaMP-7", "LaMP-1"])
-@pytest.mark.parametrize("order", ["shared_first", "paper"])
-def test_profile_and_memory_stand_before_unaligned_items_too(name: str, order: str) -> None:
-    config = TaskConfig(name=name, prompt_order=order)
-    item = Item("x", text="some words")
-    (made,) = make_pairs(get_task(config), [item], config, lambda index: ("tweet: old",), "Writes\nshort.")
-    assert render_prompt(made.prompt).startswith("Writes short.\ntweet: old\n")
-
-
-def test_no_pair_depends_on_items_after_it() -> None:
-    config = TaskConfig(name="LaMP-4")
-    task = get_task(config)
-    items = [Item(str(i), text=f"article {i}", title=f"headline {i}") for i in range(6)]
-
-    def memory_of(history: list[Item]):
-        return lambda index: tuple(f"article: {item.text}" for item in history[:index])
-
-    whole = make_pairs(task, items, config, memory_of(items))
-    for length in range(1, 6):
-        changed = items[:length] + [Item("z", text="secret", title="secret")] * (6 - length)
-        assert make_pairs(task, changed, config, memory_of(changed))[:length] == whole[:length]
-    assert whole[0].prompt.memory == () and len(whole[5].prompt.memory) == 5
-
-
 def test_pairs_are_deterministic_and_share_the_instruction() -> None:
     config = TaskConfig(name="chat_reply")
     items = [Item(str(i), text=f"reply {i}", context=(f"Partner: line {i}",)) for i in range(5)]

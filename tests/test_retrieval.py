@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from oppu_ray.retrieval import (
     Bm25,
     Hit,
     choose_faiss_device,
-    load_or_embed,
-    load_vectors,
     make_retriever,
     retrieve_past_only,
-    save_vectors,
+    update_vectors,
+    vectors_from_bytes,
+    vectors_to_bytes,
 )
 
 
@@ -228,13 +227,12 @@ def test_bad_arguments_are_named() -> None:
         (np.array([1, 0]), r"\[2\]: expected float32 \[2, D\]"),
     ],
 )
-def test_bad_vectors_never_become_an_index_or_a_file(vectors: np.ndarray, message: str, tmp_path: Path) -> None:
+def test_bad_vectors_never_become_an_index_or_a_file(vectors: np.ndarray, message: str) -> None:
     vectors = vectors.astype(np.float32)
     with pytest.raises(ValueError, match=message):
         make_retriever("dense", ["a", "b"], ids(2), 0, FixedEmbedder([1, 0]), vectors)
     with pytest.raises(ValueError, match=message):
-        save_vectors(tmp_path / "vectors.safetensors", vectors, "f", ids(2))
-    assert list(tmp_path.iterdir()) == []
+        vectors_to_bytes(vectors, "f", ids(2))
 
 
 def test_query_vectors_that_do_not_fit_are_refused() -> None:
@@ -277,83 +275,72 @@ def test_gpu_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch, caplog:
     choose_faiss_device.cache_clear()
 
 
-@pytest.fixture
-def vector_file(tmp_path: Path) -> Path:
-    path = tmp_path / "user" / "vectors.safetensors"
-    save_vectors(path, np.eye(3, dtype=np.float32)[:2], "fingerprint-a", ["id0", "ünïcode"])
-    return path
+STORED = vectors_to_bytes(np.eye(3, dtype=np.float32)[:2], "fingerprint-a", ["id0", "ünïcode"])
 
 
-def test_vectors_survive_the_disk(vector_file: Path) -> None:
-    vectors, item_ids = load_vectors(vector_file, "fingerprint-a")
+def test_vectors_survive_storage() -> None:
+    vectors, item_ids = vectors_from_bytes(STORED, "fingerprint-a")
     assert vectors.dtype == np.float32 and (vectors == np.eye(3)[:2]).all()
     assert item_ids == ("id0", "ünïcode")
-    assert list(vector_file.parent.iterdir()) == [vector_file]
 
 
-def test_another_embedders_vectors_are_refused(vector_file: Path) -> None:
-    with pytest.raises(ValueError, match="vectors.safetensors: made by embedder fingerprint-a: expected fingerprint-b"):
-        load_vectors(vector_file, "fingerprint-b")
+def test_another_embedders_vectors_are_refused() -> None:
+    with pytest.raises(ValueError, match="stored vectors were made by embedder fingerprint-a: expected fingerprint-b"):
+        vectors_from_bytes(STORED, "fingerprint-b")
 
 
-def test_every_flipped_bit_and_every_cut_is_refused(vector_file: Path) -> None:
-    good = vector_file.read_bytes()
-    for place in range(len(good)):
-        vector_file.write_bytes(good[:place])
-        with pytest.raises(ValueError, match="vectors.safetensors"):
-            load_vectors(vector_file, "fingerprint-a")
-        vector_file.write_bytes(good[:place] + bytes([good[place] ^ (1 << place % 8)]) + good[place + 1 :])
+def test_every_flipped_bit_and_every_cut_is_refused() -> None:
+    for place in range(len(STORED)):
+        with pytest.raises(ValueError, match="stored vectors"):
+            vectors_from_bytes(STORED[:place], "fingerprint-a")
+        flipped = STORED[:place] + bytes([STORED[place] ^ (1 << place % 8)]) + STORED[place + 1 :]
         try:
-            vectors, item_ids = load_vectors(vector_file, "fingerprint-a")
+            vectors, item_ids = vectors_from_bytes(flipped, "fingerprint-a")
         except ValueError as error:
-            assert "vectors.safetensors" in str(error)
+            assert "stored vectors" in str(error)
         else:  # a flip may only hit what carries no meaning: the padding of the header
             assert (vectors == np.eye(3)[:2]).all() and item_ids == ("id0", "ünïcode")
-    vector_file.write_bytes(good + b"\0")
-    with pytest.raises(ValueError, match="vectors.safetensors"):
-        load_vectors(vector_file, "fingerprint-a")
+    with pytest.raises(ValueError, match="stored vectors"):
+        vectors_from_bytes(STORED + b"\0", "fingerprint-a")
 
 
-def test_an_intact_file_of_bad_vectors_is_refused(tmp_path: Path) -> None:
-    """As another program might write it: checksum right, numbers wrong."""
-    path, vectors = tmp_path / "v.safetensors", np.full((1, 2), np.nan, dtype=np.float32)
+def test_intact_bytes_of_bad_vectors_are_refused() -> None:
+    """As another program might write them: checksum right, numbers wrong."""
+    vectors = np.full((1, 2), np.nan, dtype=np.float32)
     checksum = retrieval._checksum(vectors, "f", '["a"]')
     metadata = {"format": retrieval.VECTORS_FORMAT, "embedder": "f", "item_ids": '["a"]', "sha256": checksum}
-    safetensors.numpy.save_file({"vectors": vectors}, path, metadata)
-    with pytest.raises(ValueError, match="v.safetensors: vector 0 has length nan"):
-        load_vectors(path, "f")
-    safetensors.numpy.save_file({"vectors": vectors}, path)
-    with pytest.raises(ValueError, match="v.safetensors: not a readable vector file"):
-        load_vectors(path, "f")
+    with pytest.raises(ValueError, match="vector 0 has length nan"):
+        vectors_from_bytes(safetensors.numpy.save({"vectors": vectors}, metadata), "f")
+    with pytest.raises(ValueError, match="stored vectors are not readable"):
+        vectors_from_bytes(safetensors.numpy.save({"vectors": vectors}), "f")
 
 
-def test_load_or_embed_embeds_only_what_is_new(tmp_path: Path) -> None:
-    path, embedder = tmp_path / "v.safetensors", BagOfLetters()
-    texts = ["abc", "def", "fgh"]
-    first = load_or_embed(path, texts[:2], ids(2), embedder)
-    grown = load_or_embed(path, texts, ids(3), embedder)
-    again = load_or_embed(path, texts, ids(3), embedder)
-    assert embedder.calls == [["abc", "def"], ["fgh"]]
+def test_only_what_is_new_is_embedded() -> None:
+    embedder, texts = BagOfLetters(), ["abc", "def", "fgh"]
+    first, stored = update_vectors(None, texts[:2], ids(2), embedder)
+    grown, stored = update_vectors(stored, texts, ids(3), embedder)
+    again, same = update_vectors(stored, texts, ids(3), embedder)
+    assert embedder.calls == [["abc", "def"], ["fgh"]] and same is stored
     assert (grown[:2] == first).all() and (again == grown).all()
-    edited = load_or_embed(path, ["abc", "DEF edited", "fgh"], ids(3), embedder)
+    edited, _ = update_vectors(stored, ["abc", "DEF edited", "fgh"], ids(3), embedder)
     assert embedder.calls[-1] == ["DEF edited"] and (edited[[0, 2]] == grown[[0, 2]]).all()
-    shrunk = load_or_embed(path, ["fgh"], ["id2"], embedder)
-    assert (shrunk == grown[2:]).all() and len(load_vectors(path, "letters-1")[0]) == 1
-    assert load_or_embed(path, [], [], embedder).shape == (0, 8)
+    shrunk, stored = update_vectors(stored, ["fgh"], ["id2"], embedder)
+    assert (shrunk == grown[2:]).all() and len(vectors_from_bytes(stored, "letters-1")[0]) == 1
+    assert update_vectors(stored, [], [], embedder)[0].shape == (0, 8)
 
 
-def test_load_or_embed_rebuilds_what_it_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path, embedder = tmp_path / "v.safetensors", BagOfLetters()
-    good = load_or_embed(path, ["abc", "def"], ids(2), embedder)
-    damaged = bytearray(path.read_bytes())
+def test_what_is_refused_is_rebuilt(caplog: pytest.LogCaptureFixture) -> None:
+    embedder = BagOfLetters()
+    good, stored = update_vectors(None, ["abc", "def"], ids(2), embedder)
+    damaged = bytearray(stored)
     damaged[-1] ^= 1
-    path.write_bytes(damaged)
-    assert (load_or_embed(path, ["abc", "def"], ids(2), embedder) == good).all()
+    rebuilt, stored = update_vectors(bytes(damaged), ["abc", "def"], ids(2), embedder)
+    assert (rebuilt == good).all() and (vectors_from_bytes(stored, "letters-1")[0] == good).all()
     assert "rebuilding vectors" in caplog.text and "checksum" in caplog.text
-    other = FixedEmbedder([1, 0])
-    assert (load_or_embed(path, ["abc", "def"], ids(2), other) == [[1, 0], [1, 0]]).all()
+    other, stored = update_vectors(stored, ["abc", "def"], ids(2), FixedEmbedder([1, 0]))
+    assert (other == [[1, 0], [1, 0]]).all()
     assert "made by embedder letters-1: expected fixed" in caplog.text
-    assert load_vectors(path, "fixed")[0].shape == (2, 2)
+    assert vectors_from_bytes(stored, "fixed")[0].shape == (2, 2)
 
 
 def test_bm25_of_a_whole_history_ignores_nothing() -> None:

@@ -85,9 +85,10 @@ def test_the_two_orders_differ_in_where_the_memory_stands() -> None:
     ask = "Which tag fits this movie? Answer with one of: sci-fi, comedy."
     memory = ("description: old tag: comedy", "description: older tag: sci-fi")
     tail = "description: A robot learns to love.\ntag:"
-    shared = make_prompt(task, movie(), "shared_first", 0, "Likes robots.", memory)
+    bare = make_prompt(task, movie(), "shared_first", 0)
+    shared = dataclasses.replace(bare, profile="Likes robots.", memory=memory)
     assert render_prompt(shared) == "\n".join(["Likes robots.", ask, *memory, tail])
-    paper = make_prompt(task, movie(), "paper", 0, "Likes robots.", memory)
+    paper = dataclasses.replace(shared, order="paper")
     assert render_prompt(paper) == "\n".join(["Likes robots.", *memory, ask, tail])
     with pytest.raises(ValueError, match="task.prompt_order: expected one of shared_first, paper, got 'random'"):
         make_prompt(task, movie(), "random", 0)
@@ -95,7 +96,8 @@ def test_the_two_orders_differ_in_where_the_memory_stands() -> None:
 
 def test_parts_join_to_the_prompt_and_say_what_may_be_cut() -> None:
     task = get_task(TaskConfig(name="LaMP-2M"))
-    prompt = make_prompt(task, movie(), "shared_first", 0, memory=("description: old tag: comedy",))
+    prompt = make_prompt(task, movie(), "shared_first", 0)
+    prompt = dataclasses.replace(prompt, memory=("description: old tag: comedy",))
     parts = prompt_parts(prompt)
     assert [part.kind for part in parts] == ["fixed", "memory", "input", "fixed"]
     assert "".join(part.text for part in parts) == render_prompt(prompt)

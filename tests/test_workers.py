@@ -115,10 +115,10 @@ def test_a_bad_user_fails_alone_and_is_named(
 ) -> None:
     encode_user = workers.encode_user
 
-    def encode(config: Config, user: UserHistory, base: Base) -> list[Example]:
+    def encode(config: Config, user: UserHistory, base: Base, *memory: Any) -> list[Example]:
         if user.user_id == "user-1":
             raise ValueError("item 'u1-0': the completion is empty")
-        return encode_user(config, user, base)
+        return encode_user(config, user, base, *memory)
 
     monkeypatch.setattr(workers, "encode_user", encode)
     worker = worker_of("run")

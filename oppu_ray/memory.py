@@ -1,0 +1,154 @@
+"""What a user did before goes into their prompts: retrieved items and a profile, between pairs and packing.
+
+In: prompts of one user, from `pairs.make_pairs` in training and `tasks.make_prompt` in answering. Out: the same prompts
+with up to `top_k` of the user's earlier items as lines, best first, and the user's profile. What is too long is cut
+later, in `packing.encode_prompt`.
+
+A reader might question what is asked of the retriever: the text that the prompt shows of the item, and nothing else.
+So training and answering ask alike, and an item without a query-label pair (of which a prompt shows nothing, for its
+text is the answer) gets the newest items before it. The released code asks with the whole instruction as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from oppu_ray.config import Config
+from oppu_ray.core import Item, Prompt, TrainingPair, UserHistory
+from oppu_ray.embedding import load_embedder
+from oppu_ray.packing import user_seed
+from oppu_ray.profiles import Profile, is_stale, profile_from_json, profile_prompt, profile_to_json, write_profile
+from oppu_ray.retrieval import KINDS, Hit, Retriever, make_retriever, retrieve_past_only, update_vectors
+from oppu_ray.tasks import get_task, make_prompt, memory_line, one_line
+from oppu_ray.vault import CorruptError, Vault
+
+log = logging.getLogger(__name__)
+
+VECTORS_NAME = "vectors.safetensors"
+CODE_TRAINING_WORDS = 768  # a retrieved field in training, in the released code
+
+
+class Memory:
+    """One user's past, ready for that user's prompts; `Memories.open` makes it.
+
+    Args:
+        items: The user's past, oldest first.
+        retriever: Over these items.
+        profile: The user's text profile, or "".
+    """
+
+    def __init__(self, config: Config, items: Sequence[Item], retriever: Retriever, profile: str) -> None:
+        self._config, self._task = config, get_task(config.task)
+        self._items, self._retriever, self._profile = items, retriever, profile
+        self._same: defaultdict[str, set[str]] = defaultdict(set)  # what was asked -> the items that asked it
+        for item in items:
+            if all(getattr(item, field) for field, _ in self._task.inputs):
+                prompt = make_prompt(self._task, item, config.task.prompt_order, config.task.max_input_words)
+                self._same[one_line(prompt.input)].add(item.item_id)
+
+    def add_past(self, pairs: Sequence[TrainingPair]) -> list[TrainingPair]:
+        """For training: pair i belongs to item i and sees only the items before it."""
+        memory = self._config.memory
+        if self._task.strategies and not memory.same_construction:
+            return list(pairs)
+        queries = [one_line(pair.prompt.input) for pair in pairs]
+        hidden = [self._asked_by(query) for query in queries]
+        found = retrieve_past_only(self._retriever, queries, memory.top_k, hidden)
+        max_words = memory.max_words if memory.same_construction else CODE_TRAINING_WORDS
+        return [
+            replace(pair, prompt=self._fill(pair.prompt, hits, max_words))
+            for pair, hits in zip(pairs, found, strict=True)
+        ]
+
+    def add(self, prompt: Prompt, query_id: str) -> Prompt:
+        """For answering: sees the whole past, never the query itself."""
+        hits = self.search(prompt, query_id)
+        return self._fill(prompt, hits, self._config.memory.max_words)
+
+    def search(self, prompt: Prompt, query_id: str) -> list[Hit]:
+        """The items that `add` puts in the prompt, best first."""
+        query = one_line(prompt.input)
+        hidden = self._asked_by(query) | {query_id}
+        return self._retriever.search(query, self._config.memory.top_k, exclude=hidden)
+
+    def _asked_by(self, query: str) -> frozenset[str]:
+        return frozenset(self._same.get(query, ()))
+
+    def _fill(self, prompt: Prompt, hits: Sequence[Hit], max_words: int) -> Prompt:
+        lines = tuple(memory_line(self._task, self._items[hit.index], max_words) for hit in hits)
+        return replace(prompt, profile=one_line(self._profile), memory=lines)
+
+
+class Memories:
+    """Opens users' memories. What is dear to make, item vectors and profiles, is made once and kept in the vault.
+
+    Args:
+        generate: Prompts -> what a model says to each; for profiles that no template writes.
+
+    Raises:
+        ValueError: There is no such retriever, or the embedder cannot be loaded.
+    """
+
+    def __init__(self, config: Config, vault: Vault, generate: Callable[[Sequence[str]], Sequence[str]]) -> None:
+        self._config, self._task, self._vault, self._generate = config, get_task(config.task), vault, generate
+        memory = config.memory
+        if memory.retriever not in KINDS:
+            raise ValueError(f"memory.retriever: {memory.retriever!r} is unknown; expected one of {', '.join(KINDS)}")
+        self._embedder = load_embedder(memory.embedder) if memory.uses_embedder else None
+        written_by = [self._task.name, memory.profile, config.base.name if memory.profile == "base" else ""]
+        self._profile_name = f"profile_{hashlib.sha256(repr(written_by).encode()).hexdigest()[:8]}.json"
+
+    def open(self, user: UserHistory) -> Memory | None:
+        """The user's memory, or None where prompts are plain.
+
+        Raises:
+            ValueError: The embedder gave vectors that are not finite.
+        """
+        memory = self._config.memory
+        if not memory.name:
+            return None
+        self.write_profiles([user])
+        texts = [memory_line(self._task, item) for item in user.items]
+        item_ids = [item.item_id for item in user.items]
+        vectors = None
+        if self._embedder is not None:
+            stored = self._read(user.user_id, VECTORS_NAME)
+            vectors, kept = update_vectors(stored, texts, item_ids, self._embedder)
+            if kept is not stored:
+                self._vault.put_blob(user.user_id, VECTORS_NAME, kept)
+        kind = memory.retriever if memory.top_k else "recency"  # which costs nothing and is not asked
+        retriever = make_retriever(kind, texts, item_ids, self._seed(user), self._embedder, vectors)
+        profile = self._stored_profile(user) if memory.with_profile else None
+        return Memory(self._config, user.items, retriever, profile.text if profile else "")
+
+    def write_profiles(self, users: Sequence[UserHistory]) -> None:
+        """Write and keep the profiles that are missing, or stale: of a history that has changed by a fifth since."""
+        if not self._config.memory.with_profile:
+            return
+        found = [(user, self._stored_profile(user)) for user in users]
+        wanted = [user for user, profile in found if profile is None or is_stale(profile, user.items)]
+        method = "template" if self._config.memory.profile == "template" else "model"
+        prompts = [profile_prompt(self._task, user.items, self._seed(user)) for user in wanted]
+        texts = self._generate(prompts) if method == "model" and prompts else []
+        said = dict(zip(prompts, texts, strict=bool(texts)))
+        for user in wanted:
+            profile = write_profile(self._task.name, user.items, method, said.__getitem__, self._seed(user))
+            self._vault.put_blob(user.user_id, self._profile_name, profile_to_json(profile).encode())
+
+    def _stored_profile(self, user: UserHistory) -> Profile | None:
+        data = self._read(user.user_id, self._profile_name)
+        return None if data is None else profile_from_json(data.decode())
+
+    def _read(self, user_id: str, name: str) -> bytes | None:
+        try:
+            return self._vault.get_blob(user_id, name)
+        except CorruptError as error:
+            log.warning("made anew: %s", error)
+            return None
+
+    def _seed(self, user: UserHistory) -> int:
+        return user_seed(self._config.seed, user.user_id)
