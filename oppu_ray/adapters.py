@@ -275,10 +275,10 @@ def _column(scaling_S: list[float], ranges: Ranges, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FittedAdapter:
-    """An adapter checked against a bank, with the stack each of its tensors goes to: all that is left is to copy."""
+    """An adapter checked against a bank and laid out as one of its slots: all that is left is to copy it in."""
 
     peft: PeftConfig
-    values: tuple[tuple[Stack, Tensor], ...]
+    memory_N: Tensor
 
 
 class AdapterBank:
@@ -320,6 +320,27 @@ class AdapterBank:
         num_virtual = max((config.num_virtual_tokens for config in configs if config.kind == "prompt"), default=0)
         if num_virtual:
             self.prompts = self._stack(num_virtual, self.hidden)
+        self._slot_size = sum(stack.value[0].numel() for stack in self.stacks().values())
+        self._memory_SN: Tensor | None = None
+        if not trainable:  # each slot in one piece of the compute type: an adapter is placed with one copy
+            self._memory_SN = torch.zeros(num_slots, self._slot_size, dtype=self.dtype, device=self.device)
+            for stack, value in self._views(self._memory_SN):
+                stack.value = stack.compute = value
+
+    def _views(self, memory_SN: Tensor) -> list[tuple[Stack, Tensor]]:
+        """Each stack with its part of a memory that holds slots one after another.
+
+        B lies as [R, O]: that is how `add_lora_rows` reads it.
+        """
+        views, start = [], 0
+        for name, stack in self.stacks().items():
+            shape = stack.value.shape[1:]
+            part_SN = memory_SN[:, start : start + math.prod(shape)]
+            is_b = name.endswith(".b")
+            view = part_SN.unflatten(1, shape[::-1]).transpose(1, 2) if is_b else part_SN.unflatten(1, shape)
+            views.append((stack, view))
+            start += math.prod(shape)
+        return views
 
     def _stack(self, *shape: int) -> Stack:
         return Stack((self.num_slots, *shape), self.dtype, self.device, self.trainable)
@@ -342,8 +363,6 @@ class AdapterBank:
                 self.linears[name] = module
             if kind == "lora":
                 module.a, module.b = self._stack(rank, module.in_features), self._stack(module.out_features, rank)
-                if not self.trainable:  # in memory as [S, R, O]: `add_lora_rows` reads along O
-                    module.b.compute = module.b.compute.transpose(1, 2).contiguous().transpose(1, 2)
             else:
                 module.scale = self._stack(module.in_features if module.scales_input else module.out_features)
 
@@ -448,6 +467,12 @@ class AdapterBank:
 
     def _occupy(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
         self.peft[slot], self.seeds[slot], self.scaling_S[slot] = peft, seed, scaling(peft)
+        self._clear(slot)
+
+    def _clear(self, slot: int) -> None:
+        if self._memory_SN is not None:
+            self._memory_SN[slot] = 0
+            return
         for stack in self.stacks().values():
             stack.clear(slot)
 
@@ -465,7 +490,7 @@ class AdapterBank:
             value = stack.value[slot]
             if peft.kind != "ia3":
                 value = value[tuple(slice(n) for n in shape)]
-            tensors[key] = value.reshape(shape).cpu().numpy().copy()
+            tensors[key] = value.reshape(shape).float().cpu().numpy().copy()
         return AdapterState(tensors, peft_dict(peft))
 
     def load(self, slot: int, adapter: AdapterState) -> None:
@@ -487,7 +512,8 @@ class AdapterBank:
         if set(places) != set(adapter.tensors):
             odd = sorted(set(places) ^ set(adapter.tensors))[:3]
             raise ValueError(f"the adapter's tensors do not match this bank's target modules: {odd}")
-        values = []
+        memory_1N = torch.zeros(1, self._slot_size, dtype=torch.float32 if self.trainable else self.dtype)
+        views = {id(stack): view[0] for stack, view in self._views(memory_1N)}
         for key, (stack, shape) in places.items():
             value = adapter.tensors[key]
             if value.shape != shape or math.prod(shape) > stack.value[0].numel():
@@ -496,21 +522,23 @@ class AdapterBank:
                 )
             if not np.isfinite(value).all():
                 raise ValueError(f"the adapter's {key} has a value that is not finite")
-            tensor = torch.from_numpy(value)
-            values.append((stack, tensor.flatten() if key.endswith("ia3_l") else tensor))
-        return FittedAdapter(peft, tuple(values))
+            tensor = torch.from_numpy(value.reshape(-1) if key.endswith("ia3_l") else value)
+            views[id(stack)][tuple(slice(n) for n in tensor.shape)] = tensor  # a lower rank leaves zeros around it
+        return FittedAdapter(peft, memory_1N[0])
 
     def place(self, slot: int, fitted: FittedAdapter) -> None:
         """Copy a fitted adapter into a slot."""
         self._occupy(slot, fitted.peft)
-        for stack, value in fitted.values:
-            stack.write(slot, value)
+        if self._memory_SN is not None:
+            self._memory_SN[slot] = fitted.memory_N
+            return
+        for stack, value in self._views(fitted.memory_N[None]):
+            stack.write(slot, value[0])
 
     def vacate(self, slot: int) -> None:
         """Empty a slot, its memory too."""
         self.peft[slot], self.scaling_S[slot] = None, 0.0
-        for stack in self.stacks().values():
-            stack.clear(slot)
+        self._clear(slot)
 
     def _places(self, peft: PeftConfig) -> dict[str, tuple[Stack, tuple[int, ...]]]:
         """PEFT's on-disk name -> the stack that holds it and its shape on disk."""
