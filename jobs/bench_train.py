@@ -217,7 +217,7 @@ def attach(model: Any, users: Sequence[Any]) -> Any:
 
     states = []
     for user in users:
-        bank = AdapterBank(model, 1, [user.peft], trainable=False)
+        bank = AdapterBank(model, 1, [user.peft], trainable=True)
         bank.start(0, user.peft, user.seed)
         states.append(bank.export(0))
         bank.remove()
