@@ -22,22 +22,20 @@ from typing import Any
 import torch
 
 from oppu_ray import __version__
-from oppu_ray.base_model import load_base, merge_adapter
+from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
 from oppu_ray.config import Config, to_dict
 from oppu_ray.core import Pack, Prediction, TrainResult
 from oppu_ray.evaluation import HEURISTIC_ARMS, MODEL_ARMS, answer_by_habit, format_table, summarise
 from oppu_ray.files import write_atomic
 from oppu_ray.history import load_histories, write_rejected
-from oppu_ray.packing import plan_packs, plan_shards, plan_user
+from oppu_ray.packing import num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
 from oppu_ray.progress import Progress, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault
-from oppu_ray.workers import encode_user, open_base, run_units, user_seed
-
-TASK_ADAPTER = "task adapter"
+from oppu_ray.workers import TASK_ADAPTER, open_base, run_units, task_work
 
 
 def prepare(config: Config) -> dict[str, Any]:
@@ -89,13 +87,14 @@ def adapt(config: Config) -> dict[str, Any]:
     return result
 
 
-def _train_task_adapter(config: Config, index: Index, base: Any) -> TrainResult:
-    user_ids = [size.user_id for size in index.sizes("base")]
-    users = read_users(_folder(config, "prepare"), index, user_ids)
-    personal = dataclasses.replace(config, personal=config.adapt)
-    examples = [example for user in users for example in encode_user(personal, user, base)]
-    work = plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
-    with progress_bar("task adapter", len(work.steps), "step", _folder(config, ""), "adapt") as progress:
+def _train_task_adapter(config: Config, index: Index, base: Base) -> TrainResult:
+    total = num_steps(sum(size.num_items for size in index.sizes("base")), config.adapt)
+    with progress_bar(TASK_ADAPTER, total, "step", _folder(config, ""), "adapt") as progress:
+        if config.base.deepspeed:
+            from oppu_ray import group  # and Ray with it
+
+            return group.adapt(config, progress)
+        work = task_work(config, base)
         (trained,) = train_pack(base.model, [work], config.adapt, lambda tokens, _: progress.advance(1, tokens))
     return trained
 
@@ -157,6 +156,10 @@ def train(config: Config) -> dict[str, Any]:
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer every target user's later items by every arm and compare; resumes where it was stopped."""
     known = (*HEURISTIC_ARMS, *MODEL_ARMS)
+    if config.base.sharding != "none":
+        raise ValueError(
+            f"base.sharding is {config.base.sharding!r}, but answering takes a whole base; expected base.sharding=none"
+        )
     if unknown := [arm for arm in config.evaluate.arms if arm not in known]:
         raise ValueError(f"evaluate.arms: {unknown[0]!r} is unknown; expected one of {', '.join(known)}")
     index, task_base, run_id = _plan(config)
