@@ -298,9 +298,9 @@ class AdapterBank:
         configs = list(configs)
         self._attention = model.config._attn_implementation  # type: ignore[union-attr]
         model.set_attn_implementation(NAME)  # type: ignore[operator]
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
         self.model, self.num_slots, self.trainable = model, num_slots, trainable
-        self.dtype, self.device, self.hidden = weight.dtype, weight.device, weight.shape[1]
+        self.dtype, self.device, self.hidden = embedding.weight.dtype, embedding.weight.device, embedding.embedding_dim
         self.anchor = torch.zeros((), device=self.device, requires_grad=trainable)
         self.peft: list[PeftConfig | None] = [None] * num_slots
         self.scaling_S: list[float] = [0.0] * num_slots

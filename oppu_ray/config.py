@@ -101,11 +101,22 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The frozen base model: a hub id, a local folder, or `embedded:smollm2-135m` / `embedded:gemma3-270m`."""
+    """The frozen base model: a hub id, a local folder, or `embedded:smollm2-135m` / `embedded:gemma3-270m`.
+
+    `sharding` zero3 shares the base out over the workers that train personal adapters; none gives each a whole one.
+    With `deepspeed`, the path of a DeepSpeed JSON file, the workers train the task adapter together, as its ZeRO stage
+    says; zero3 needs one of stage 3.
+    """
 
     name: str = "embedded:smollm2-135m"
     dtype: str = "bfloat16"
     device: str = "cpu"
+    sharding: str = "none"
+    deepspeed: str = ""
+
+    def __post_init__(self) -> None:
+        if self.sharding not in ("none", "zero3"):
+            raise ValueError(f"base.sharding is {self.sharding!r}; expected none or zero3")
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,8 @@ class WorkersConfig:
     """`num_workers` 0 runs inline in this process; otherwise that many Ray actors, each owning a shard of users.
 
     `threads` is per worker; 0 means all cores inline, and `cpus_per_worker` for an actor. A pack that trains longer
-    than `checkpoint_every_s` leaves a checkpoint that often, from which it goes on after a fault.
+    than `checkpoint_every_s` leaves a checkpoint that often, from which it goes on after a fault. Workers that share a
+    base, or the task adapter's training, are a group: if one is silent for `group_timeout_s`, all start again.
     """
 
     num_workers: int = 0
@@ -165,6 +177,7 @@ class WorkersConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     checkpoint_every_s: float = 300.0
+    group_timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)

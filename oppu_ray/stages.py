@@ -30,16 +30,13 @@ from oppu_ray.evaluation import Arm, answer_by_habit, format_table, parse_arm, s
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
-from oppu_ray.memory import Memories
-from oppu_ray.packing import plan_packs, plan_shards, plan_user, user_seed
+from oppu_ray.packing import num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
 from oppu_ray.progress import Progress, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
 from oppu_ray.vault import open_vault
-from oppu_ray.workers import encode_user, open_base, profile_writer, run_units
-
-TASK_ADAPTER = "task adapter"
+from oppu_ray.workers import TASK_ADAPTER, open_base, run_units, task_work
 
 
 def prepare(config: Config) -> dict[str, Any]:
@@ -104,18 +101,15 @@ def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
     return result
 
 
-def _train_task_adapter(config: Config, index: Index, base: Any) -> TrainResult:
-    user_ids = [size.user_id for size in index.sizes("base")]
-    users = read_users(_folder(config, "prepare"), index, user_ids)
-    personal = dataclasses.replace(config, personal=config.adapt)
-    vault = open_vault(config)
-    memories = Memories(config, vault, profile_writer(config))
-    memories.write_profiles(users)
-    examples = [example for user in users for example in encode_user(personal, user, base, memories.open(user))]
-    vault.close()
-    work = plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
-    label = f"task adapter {config.memory.name}".rstrip()
-    with progress_bar(label, len(work.steps), "step", _folder(config, ""), "adapt") as progress:
+def _train_task_adapter(config: Config, index: Index, base: Base) -> TrainResult:
+    total = num_steps(sum(size.num_items for size in index.sizes("base")), config.adapt)
+    label = f"{TASK_ADAPTER} {config.memory.name}".rstrip()
+    with progress_bar(label, total, "step", _folder(config, ""), "adapt") as progress:
+        if config.base.deepspeed:
+            from oppu_ray import group  # and Ray with it
+
+            return group.adapt(config, progress)
+        work = task_work(config, base)
         (trained,) = train_pack(base.model, [work], config.adapt, lambda tokens, _: progress.advance(1, tokens))
     return trained
 
@@ -185,6 +179,10 @@ def _train(config: Config) -> dict[str, Any]:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer every target user's later items by every arm and compare; resumes where it was stopped."""
+    if config.base.sharding != "none":
+        raise ValueError(
+            f"base.sharding is {config.base.sharding!r}, but answering takes a whole base; expected base.sharding=none"
+        )
     arms = _arms(config)
     plans = {one.memory: (one, *_plan(one)[1:]) for one in _kinds(config, arms)}
     index = read_index(_folder(config, "prepare"))

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import TrainConfig
@@ -50,6 +52,21 @@ class PackState:
     users: dict[str, UserState]
 
 
+class Ranks:
+    """The processes that compute a step: here this one alone. `sharding.Group` is several."""
+
+    def mine(self, number: int) -> bool:
+        """Whether pass `number` of a step is computed here."""
+        return True
+
+    def losses(self, bank: AdapterBank, stream: Stream) -> Tensor:
+        """`pass_losses`, in step with the others."""
+        return pass_losses(bank, stream)
+
+
+ALONE = Ranks()
+
+
 def train_pack(
     model: nn.Module,
     pack: Sequence[UserWork],
@@ -57,6 +74,7 @@ def train_pack(
     progress: Progress | None = None,
     state: PackState | None = None,
     between_steps: Callable[[Callable[[], PackState]], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generator[TrainResult]:
     """Train every user of a pack from start to end.
 
@@ -68,18 +86,26 @@ def train_pack(
         state: Go on from here, with the same pack; users that had their result get no second one.
         between_steps: Called between two steps, when all results so far are yielded, with a function that takes the
             state; it may raise to stop.
+        ranks: Who computes the passes.
 
     Yields:
         One result per user. A user whose loss or gradient is not finite gets an error instead of an adapter; the
         others are untouched by it.
     """
+    with attached(model, pack, config) as bank:
+        yield from _train(bank, pack, config, progress, state, between_steps, ranks)
+
+
+@contextmanager
+def attached(model: nn.Module, pack: Sequence[UserWork], config: TrainConfig) -> Iterator[AdapterBank]:
+    """A bank with a slot for each user on a model in the mode of training; the model is as before afterwards."""
     bank = AdapterBank(model, len(pack), [user.peft for user in pack], trainable=True)
     was_training = model.training
     model.train(any(user.peft.dropout for user in pack) or config.gradient_checkpointing)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     try:
-        yield from _train(bank, pack, config, progress, state, between_steps)
+        yield bank
     finally:
         bank.remove()
         if config.gradient_checkpointing:
@@ -95,6 +121,7 @@ def _train(
     progress: Progress | None,
     state: PackState | None,
     between_steps: Callable[[Callable[[], PackState]], None] | None,
+    ranks: Ranks,
 ) -> Generator[TrainResult]:
     users = {slot: user for slot, user in enumerate(pack) if state is None or user.user_id in state.users}
     losses: dict[int, list[float]] = {slot: [] for slot in users}
@@ -111,7 +138,8 @@ def _train(
     for step in itertools.count(state.num_steps if state is not None else 0):
         if not users:
             return
-        step_losses, step_tokens = backward_step(bank, {s: u.steps[step] for s, u in users.items()}, config, step)
+        examples = {slot: user.steps[step] for slot, user in users.items()}
+        step_losses, step_tokens = backward_step(bank, examples, config, step, ranks)
         rates = {slot: learning_rate(config, step, len(user.steps)) for slot, user in users.items()}
         norms = bank.adam_step(rates, step + 1, config.clip_norm, config.weight_decay)
         bank.zero_grad()
@@ -154,12 +182,17 @@ def _restore(bank: AdapterBank, slot: int, state: UserState) -> None:
 
 
 def backward_step(
-    bank: AdapterBank, examples: Mapping[int, Sequence[Example]], config: TrainConfig, step: int = 0
+    bank: AdapterBank,
+    examples: Mapping[int, Sequence[Example]],
+    config: TrainConfig,
+    step: int = 0,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[int, float], dict[int, int]]:
     """Add each slot's gradient of its mean completion-token loss to the bank.
 
     Returns:
-        Slot -> mean loss per completion token in nats, and slot -> tokens computed.
+        Slot -> mean loss per completion token in nats, and slot -> tokens computed. Where ranks share a step's passes,
+        gradient and loss are this rank's part of the sum, the tokens are all ranks'.
     """
     rows = [
         row
@@ -170,16 +203,28 @@ def backward_step(
     ]
     losses = torch.zeros(bank.num_slots, device=bank.device)
     tokens = dict.fromkeys(examples, 0)
-    for part in plan_passes(rows, config.max_tokens_per_pass):
-        stream = build_stream(part, bank.anchor.to(bank.dtype))
-        bank.use(stream.ranges, step, dict(tokens))
-        hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
-        nll_C = _HeadLoss.apply(hidden_TD, bank.model, stream)
-        nll_C.sum().backward()
-        losses.index_add_(0, stream.slot_C, nll_C.detach())
-        for slot, start, stop in stream.ranges:
-            tokens[slot] += stop - start
+    for number, part in enumerate(plan_passes(rows, config.max_tokens_per_pass)):
+        if ranks.mine(number):
+            stream = build_stream(part, bank.anchor.to(bank.dtype))
+            bank.use(stream.ranges, step, dict(tokens))
+            nll_C = ranks.losses(bank, stream)
+            nll_C.sum().backward()
+            losses.index_add_(0, stream.slot_C, nll_C.detach())
+        for row in part:
+            tokens[row.slot] += row.num_tokens
     return {slot: losses[slot].item() for slot in examples}, tokens
+
+
+def pass_losses(
+    bank: AdapterBank, stream: Stream, whole: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+) -> Tensor:
+    """Weighted loss of each completion token of one pass, [C], with the slots given to `bank.use`.
+
+    `whole` opens a context in which a module's weights can be read, which only its own forward could otherwise.
+    """
+    hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
+    with whole(bank.model.get_output_embeddings()):  # type: ignore[operator]
+        return _HeadLoss.apply(hidden_TD, bank.model, stream)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -196,7 +241,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(stream.predict_C), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
             targets, weights = stream.targets_C[part], stream.weights_C[part]
-            logits_CV = head(hidden_TD[stream.predict_C[part]])
+            logits_CV = linear(hidden_TD[stream.predict_C[part]], head.weight, head.bias)
             losses.append(token_losses(logits_CV, targets, softcap) * weights)
             grads.append(token_loss_gradient(logits_CV, targets, weights, softcap) @ head.weight)
         ctx.save_for_backward(torch.cat(grads), stream.predict_C)

@@ -38,9 +38,10 @@ from oppu_ray.progress import Interrupted, Progress
 from oppu_ray.registry import Lease, Refused
 from oppu_ray.tasks import get_task
 from oppu_ray.telemetry import Telemetry
-from oppu_ray.training import PackState, train_pack
+from oppu_ray.training import ALONE, PackState, Ranks, train_pack
 from oppu_ray.vault import Manifest, open_vault
 
+TASK_ADAPTER = "task adapter"
 LEASE_TTL_S = 120.0
 LEASE_POLL_S = 0.5
 
@@ -75,6 +76,8 @@ class Worker:
         telemetry: Where to count; by default nowhere.
         should_stop: Asked between steps and units. When it says yes, training leaves a checkpoint and raises
             `Interrupted`.
+        opened: The task base, where it is open already.
+        ranks: Who computes its passes.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Worker:
         run_id: str,
         telemetry: Telemetry | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        opened: Base | None = None,
+        ranks: Ranks = ALONE,
     ):
         if config.workers.threads:
             torch.set_num_threads(config.workers.threads)
@@ -92,9 +97,9 @@ class Worker:
         self.index = read_index(self.run_dir / "prepare")
         self.task = get_task(config.task)
         self.vault = open_vault(config)
-        self.task_base_path = task_base
+        self.task_base_path, self.ranks = task_base, ranks
         self.telemetry, self.should_stop = telemetry or Telemetry(run_id), should_stop
-        self._bases: dict[Path | None, Base] = {}
+        self._bases: dict[Path | None, Base] = {task_base: opened} if opened else {}
 
     def _base(self, path: Path | None) -> Base:
         if path not in self._bases:
@@ -226,15 +231,17 @@ class Worker:
             if must_stop:
                 raise Interrupted("stopped between two steps; the pack goes on from its checkpoint")
 
-        reason = None
+        reason, config = None, self.config.personal
         try:
-            for result in train_pack(base.model, works, self.config.personal, step_done, state, between_steps):
+            for result in train_pack(base.model, works, config, step_done, state, between_steps, self.ranks):
                 done = self._finish(result, base, item_ids[result.user_id], leases)
                 finished.append(done)
                 yield done
         except (Interrupted, ValueError):  # a ValueError speaks of the config or the base, not of a user
             raise
         except Exception as error:
+            if self.ranks is not ALONE:
+                raise  # the others are in the middle of this pass
             reason = _reason(error)
         checkpoint.remove()
         if losses := [done.last_loss for done in finished if done.error is None]:
@@ -321,6 +328,20 @@ def encode_user(config: Config, user: UserHistory, base: Base, memory: Memory | 
     return [encode(pair, base.tokenizer, max_length) for pair in pairs]
 
 
+def task_work(config: Config, base: Base) -> UserWork:
+    """All base users' items as the work of one: that of the task adapter."""
+    folder = Path(config.run_dir) / "prepare"
+    index = read_index(folder)
+    users = read_users(folder, index, [size.user_id for size in index.sizes("base")])
+    vault = open_vault(config)
+    memories = Memories(config, vault, profile_writer(config))
+    memories.write_profiles(users)
+    adapting = replace(config, personal=config.adapt)
+    examples = [example for user in users for example in encode_user(adapting, user, base, memories.open(user))]
+    vault.close()
+    return plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
+
+
 def run_units(
     config: Config,
     task_base: Path,
@@ -339,6 +360,11 @@ def run_units(
         Interrupted: `should_stop` said yes; what is done is kept.
     """
     progress = progress or Progress()
+    if config.base.sharding == "zero3":
+        from oppu_ray.group import train_shards  # which imports this file, and Ray
+
+        yield from train_shards(config, task_base, run_id, shards, progress, should_stop)
+        return
     if config.workers.num_workers:
         from oppu_ray.pool import run_on_ray  # which imports this file, and Ray
 
