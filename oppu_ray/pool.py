@@ -162,11 +162,13 @@ class _Pool:
             if not isinstance(error.cause, Interrupted):
                 raise error.cause from None
             self._lost(shard, "it was told to end")  # by SIGTERM: no fault of its pack
+        except exceptions.ActorUnavailableError as error:
+            self._ask_again(shard, error)
         except exceptions.RayError as error:
             if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
                 raise ValueError(f"a worker cannot start: {error}") from error
             unit = shard.unit
-            self._lost(shard, " ".join(str(error).split())[:500])
+            self._lost(shard, _one_line(error))
             if isinstance(error, exceptions.OutOfMemoryError) and self._halve(shard):
                 return
             self.deaths[unit or shard.number] += 1
@@ -177,6 +179,14 @@ class _Pool:
                 self.seen.add(result.key)
                 self._count_result(shard, result)
                 yield result
+
+    def _ask_again(self, shard: _Shard, error: Exception) -> None:
+        """A request or its reply was lost, and the actor may be well: it answers when it has done what it did get."""
+        logger.warning("worker %d is asked again: %s", shard.number, _one_line(error))
+        if shard.unit is not None:
+            shard.waiting.insert(0, shard.unit)
+        shard.stream = shard.unit = None
+        shard.starting, shard.started_at = shard.actor.ready.remote(), time.monotonic()
 
     def _lost(self, shard: _Shard, reason: str) -> None:
         """Put a shard back as it was before its unit began; its next actor begins anew."""
@@ -257,6 +267,10 @@ def _actor_class(workers: WorkersConfig) -> Any:
     return ray.remote(RayWorker).options(
         num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, runtime_env={"env_vars": threads}
     )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class RayWorker:

@@ -29,7 +29,7 @@ from oppu_ray.files import oppu_home, write_atomic
 from oppu_ray.progress import ClusterLost
 
 DASHBOARD_PORT = 8265
-START_S, STOP_S = 120.0, 30.0
+START_S, STOP_S = 180.0, 30.0
 
 
 def token_path() -> Path:
@@ -69,6 +69,7 @@ def start_head(port: int, dashboard_port: int) -> str:
         **os.environ,
         "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]]),  # a job's `python` is the first one in it
         "RAY_AUTH_MODE": "token",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "2",
         "OPPU_ROOT": str(Path.cwd()),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
@@ -114,6 +115,7 @@ def submit(stage: str, path: Path, overrides: Sequence[str], address: str | None
         raise ValueError(f"{Path.cwd()} has no jobs/{stage}.py: call this in the checkout, whose code the job runs")
     if token_path().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     if address:
@@ -122,7 +124,7 @@ def submit(stage: str, path: Path, overrides: Sequence[str], address: str | None
     try:
         client = JobSubmissionClient()
         known = {job.submission_id: job.status for job in client.list_jobs()}
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
         raise ValueError(f"no cluster at {server}: {error}; try `make cluster`") from error
     digest = hashlib.sha256(json.dumps([stage, to_dict(config)], sort_keys=True).encode()).hexdigest()[:12]
     tries = (f"oppu-{stage}-{digest}-{number}" for number in itertools.count(1))
@@ -182,7 +184,7 @@ def _group_lives(pid: int) -> bool:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/api/healthz", timeout=2) as reply:
+        with urllib.request.urlopen(f"{url}/api/gcs_healthz", timeout=2) as reply:
             return reply.status == 200
     except (OSError, urllib.error.URLError):
         return False

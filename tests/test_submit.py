@@ -47,13 +47,14 @@ def outside() -> Iterator[Oppu]:
             with socket.create_server(("127.0.0.1", 0)) as server:
                 ports.append(server.getsockname()[1])
         own = {"HOME": home, "OPPU_HOME": f"{home}/oppu", "RAY_TMPDIR": home, "PYTHONPATH": str(ROOT)}
-        own |= {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        own |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        kept = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
 
         def call(*arguments: str) -> subprocess.CompletedProcess[str]:
             if arguments == ("cluster", "start"):
                 arguments = (*arguments, f"--port={ports[0]}", f"--dashboard-port={ports[1]}")
             command = [sys.executable, "-c", "import sys; from oppu_ray.cli import main; sys.exit(main())", *arguments]
-            return subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
+            return subprocess.run(command, cwd=ROOT, env=kept | own, capture_output=True, text=True)
 
         call.home, call.url = Path(home), own["RAY_API_SERVER_ADDRESS"]  # type: ignore[attr-defined]
         yield call
@@ -95,7 +96,7 @@ def test_the_whole_line_as_a_job(outside: Oppu, inline: Path, tmp_path: Path) ->
 
     assert outside("cluster", "stop").stdout == "stopped\n"
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(outside.url + "/api/healthz")  # type: ignore[attr-defined]
+        urllib.request.urlopen(outside.url + "/api/gcs_healthz")  # type: ignore[attr-defined]
 
 
 def test_relative_paths_start_where_the_job_was_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
