@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,14 @@ def _uniform(ranges: Ranges, num_tokens: int) -> tuple[slice | list[int], int] |
 
 def _column(scaling_S: list[float], ranges: Ranges, like: Tensor) -> Tensor:
     return torch.tensor([scaling_S[slot] for slot, _, _ in ranges], dtype=like.dtype, device=like.device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class FittedAdapter:
+    """An adapter checked against a bank and converted to its compute type: all that is left is to copy it in."""
+
+    peft: PeftConfig
+    values: tuple[tuple[Stack, Tensor], ...]
 
 
 class AdapterBank:

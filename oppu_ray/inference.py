@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from oppu_ray.adapters import AdapterBank
+from oppu_ray.adapters import AdapterBank, FittedAdapter
 from oppu_ray.attention import DecodePlan, KVCache
 from oppu_ray.config import PeftConfig
-from oppu_ray.core import AdapterState, Answer, Example, Request
+from oppu_ray.core import AdapterState, Answer, Example, Request, TokenEvent
 from oppu_ray.kernels import token_losses
 from oppu_ray.packing import Row, build_stream, make_rows, plan_passes, virtual_tokens
 from oppu_ray.training import HEAD_CHUNK, logit_softcap
@@ -77,6 +77,51 @@ class Engine:
             raise ValueError(f"all {self.bank.num_slots} adapter slots are taken")
         self.bank.load(slot, adapter)
         self.slots[adapter_id] = slot
+
+    def fit(self, adapter: AdapterState) -> FittedAdapter:
+        """Check an adapter against the bank and convert it: the slow part of loading, for any thread.
+
+        Raises:
+            ValueError: The adapter does not fit the bank (kind, rank, targets, shapes, NaN).
+        """
+        raise NotImplementedError
+
+    def is_loaded(self, adapter_id: str | None) -> bool:
+        """Whether `submit` can do without the adapter itself. Ask in the thread that submits."""
+        raise NotImplementedError
+
+    def submit(self, request: Request, adapter: FittedAdapter | None = None) -> None:
+        """Queue a request. All methods but `fit` belong to one thread: that of `step`.
+
+        Args:
+            adapter: The adapter named by `request.adapter_id`, from `fit`; needed where `is_loaded` says no.
+
+        Raises:
+            ValueError: The request can never be answered (empty prompt, unknown token, too long for the cache, bad
+                sampling values, an id under way, an adapter that is not loaded or another user's).
+        """
+        raise NotImplementedError
+
+    def step(self) -> list[TokenEvent]:
+        """Admit what fits, prefill at most `max_tokens_per_pass` tokens, decode one token for every row, retire.
+
+        Returns:
+            One event per request that got a token or ended.
+        """
+        raise NotImplementedError
+
+    def cancel(self, request_id: str) -> bool:
+        """Free the request's row and adapter at once; the next step reports "cancelled". False if it isn't under way."""
+        raise NotImplementedError
+
+    def forget(self, user_id: str) -> None:
+        """Cancel the user's requests, empty their slots and drop their cached prompts."""
+        raise NotImplementedError
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or report."""
+        raise NotImplementedError
 
     def unload_all(self) -> None:
         self.slots.clear()
