@@ -46,7 +46,12 @@ class Engine:
         num_slots: How many adapters can be loaded at once.
         peft_configs: Shapes of the adapters to come.
         max_rows: Most rows decoded together.
-        max_tokens_per_pass: Most tokens of one prefill or scoring pass (a single longer prompt still runs).
+        max_tokens_per_pass: Most tokens of one prefill or scoring pass: rows being decoded wait for it. A longer prompt
+            is read in pieces.
+        max_length: Most tokens of a prompt and its answer together; None for the model's context. The KV cache grows
+            with need, to at most `max_rows * max_length` positions.
+        prefix_bytes: Most bytes of finished answers' keys and values to keep for their users' next prompts.
+        tokenizer: A fast Hugging Face tokenizer, for events with text and for stop texts; None for tokens alone.
     """
 
     def __init__(
@@ -56,6 +61,9 @@ class Engine:
         peft_configs: Iterable[PeftConfig],
         max_rows: int = 32,
         max_tokens_per_pass: int = 2048,
+        max_length: int | None = None,
+        prefix_bytes: int = 0,
+        tokenizer: object | None = None,
     ):
         self.bank = AdapterBank(model, num_slots, peft_configs, trainable=False)
         self.model, self.max_rows, self.max_tokens_per_pass = model, max_rows, max_tokens_per_pass
@@ -86,8 +94,11 @@ class Engine:
         """
         raise NotImplementedError
 
-    def is_loaded(self, adapter_id: str | None) -> bool:
-        """Whether `submit` can do without the adapter itself. Ask in the thread that submits."""
+    def is_loaded(self, request: Request) -> bool:
+        """Whether `submit` can do without the adapter itself. Ask in the thread that submits.
+
+        A slot is found by (user_id, adapter_id), so nobody reaches another user's adapter by its name.
+        """
         raise NotImplementedError
 
     def submit(self, request: Request, adapter: FittedAdapter | None = None) -> None:
@@ -111,7 +122,7 @@ class Engine:
         raise NotImplementedError
 
     def cancel(self, request_id: str) -> bool:
-        """Free the request's row and adapter at once; the next step reports "cancelled". False if it isn't under way."""
+        """Free the request's row and slot at once; the next step reports "cancelled". False if it is not under way."""
         raise NotImplementedError
 
     def forget(self, user_id: str) -> None:
