@@ -109,7 +109,7 @@ class BankLinear(nn.Module):
         """One token per row by the base, and by IA3 where a row has it."""
         if self.scale is not None and self.scales_input:
             x_BI = rows.scaled(x_BI, self.scale, self.target)
-        y_BO = self.base(x_BI)
+        y_BO: Tensor = self.base(x_BI)
         return y_BO if self.scale is None or self.scales_input else rows.scaled(y_BO, self.scale, self.target)
 
     def row_lora(self, rows: RowSlots) -> RowLora | None:
@@ -118,35 +118,6 @@ class BankLinear(nn.Module):
         if scaling_B is None:
             return None
         return rows.slot_B, scaling_B, self.a.compute, self.b.compute.transpose(1, 2)  # type: ignore[union-attr]
-
-
-class RowSlots:
-    """The slots of a decoding step, one token per row; -1 is the base alone."""
-
-    def __init__(self, bank: AdapterBank, slots: Sequence[int]):
-        self._pefts = [bank.peft[slot] if slot >= 0 else None for slot in slots]
-        self._scalings = [bank.scaling_S[slot] for slot in slots]
-        self.slot_B = torch.tensor([max(slot, 0) for slot in slots], device=bank.device)
-        self._found: dict[tuple[str, str], Tensor | None] = {}
-
-    def scaling(self, kind: str, target: str) -> Tensor | None:
-        """[B] float32: LoRA's scaling, or 1 for IA3, for rows with such an adapter for linears called `target`, else 0.
-
-        None if there is no such row.
-        """
-        if (kind, target) not in self._found:
-            has = [peft is not None and peft.kind == kind and target in targets(peft) for peft in self._pefts]
-            own = self._scalings if kind == "lora" else [1.0] * len(has)
-            scalings = [scaling if mine else 0.0 for scaling, mine in zip(own, has, strict=True)]
-            self._found[kind, target] = torch.tensor(scalings, device=self.slot_B.device) if any(has) else None
-        return self._found[kind, target]
-
-    def scaled(self, x_BD: Tensor, scale: Stack, target: str) -> Tensor:
-        """Each row with IA3 scales for `target` times its slot's."""
-        scaling_B = self.scaling("ia3", target)
-        if scaling_B is None:
-            return x_BD
-        return torch.where(scaling_B[:, None] != 0, x_BD * scale.compute[self.slot_B], x_BD)
 
     def add_lora(self, y_TO: Tensor, x_TI: Tensor, ranges: Ranges, masks: Masks) -> None:
         """y += scaling * (x A^T) B^T for each slot's tokens, in place."""
@@ -179,6 +150,35 @@ class RowSlots:
                 grad_x_TI[start:stop].addmm_(low_grad, a.compute[slot], alpha=scaling_S[slot])
             else:
                 grad_x_TI[start:stop] += (low_grad @ a.compute[slot]).mul_(scaling_S[slot]) * mask
+
+
+class RowSlots:
+    """The slots of a decoding step, one token per row; -1 is the base alone."""
+
+    def __init__(self, bank: AdapterBank, slots: Sequence[int]):
+        self._pefts = [bank.peft[slot] if slot >= 0 else None for slot in slots]
+        self._scalings = [bank.scaling_S[slot] for slot in slots]
+        self.slot_B = torch.tensor([max(slot, 0) for slot in slots], device=bank.device)
+        self._found: dict[tuple[str, str], Tensor | None] = {}
+
+    def scaling(self, kind: str, target: str) -> Tensor | None:
+        """[B] float32: LoRA's scaling, or 1 for IA3, for rows with such an adapter for linears called `target`, else 0.
+
+        None if there is no such row.
+        """
+        if (kind, target) not in self._found:
+            has = [peft is not None and peft.kind == kind and target in targets(peft) for peft in self._pefts]
+            own = self._scalings if kind == "lora" else [1.0] * len(has)
+            scalings = [scaling if mine else 0.0 for scaling, mine in zip(own, has, strict=True)]
+            self._found[kind, target] = torch.tensor(scalings, device=self.slot_B.device) if any(has) else None
+        return self._found[kind, target]
+
+    def scaled(self, x_BD: Tensor, scale: Stack, target: str) -> Tensor:
+        """Each row with IA3 scales for `target` times its slot's."""
+        scaling_B = self.scaling("ia3", target)
+        if scaling_B is None:
+            return x_BD
+        return torch.where(scaling_B[:, None] != 0, x_BD * scale.compute[self.slot_B], x_BD)
 
 
 class _LoRA(torch.autograd.Function):

@@ -224,6 +224,7 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    @torch.inference_mode()
     def cancel(self, request_id: str) -> bool:
         """Free the request's row and slot at once; the next step reports "cancelled". False if it is not under way."""
         for one in (*self._waiting, *self._rows):
@@ -265,7 +266,12 @@ class Engine:
             room -= rest
         while self._waiting and len(self._rows) < self.max_rows and room > 0:
             one = self._waiting[0]
-            if parts and one.num_unread > room or not self._admit(one):
+            if parts and one.num_unread > room:
+                break
+            if not self._admit(one):
+                if not self._rows:  # nobody will ever give a slot back
+                    error = f"all {self.bank.num_slots} adapter slots are taken"
+                    self._end(one, TokenEvent(one.request.request_id, finish_reason="error", error=error))
                 break
             parts.append((one, min(one.num_unread, room)))
             room -= one.num_unread
