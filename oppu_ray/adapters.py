@@ -6,7 +6,8 @@ gradients of all slots, one Adam step for all of them, and adapters in PEFT's ow
 The decision a reader would question: a slot's product runs over that slot's tokens alone, never as one masked product
 over all slots. That is what keeps one user's NaN, and one user's rounding, out of another user's adapter.
 
-Shapes: T tokens, S slots, R rank of the bank, I and O widths of a linear, D hidden, P virtual tokens.
+Shapes: T tokens, B rows of one token each, S slots, R rank of the bank, I and O widths of a linear, D hidden, P virtual
+tokens.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oppu_ray.attention import NAME, DecodePlan, SegmentPlan
+from oppu_ray.attention import NAME, SegmentPlan
 from oppu_ray.config import PeftConfig
 from oppu_ray.core import AdapterState
+from oppu_ray.kernels import RowLora, add_lora_rows
+from oppu_ray.kv_cache import DecodePlan
 
 DEFAULT_TARGETS = {"lora": ("q_proj", "v_proj"), "ia3": ("k_proj", "v_proj", "down_proj"), "prompt": ()}
 IA3_INPUT_TARGETS = ("down_proj",)
@@ -68,7 +72,8 @@ class BankLinear(nn.Module):
         self.a: Stack | None = None
         self.b: Stack | None = None
         self.scale: Stack | None = None
-        self.scales_input = name.rsplit(".", 1)[-1] in IA3_INPUT_TARGETS
+        self.target = name.rsplit(".", 1)[-1]
+        self.scales_input = self.target in IA3_INPUT_TARGETS
 
     @property
     def in_features(self) -> int:
@@ -80,6 +85,9 @@ class BankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bank = self.bank[0]
+        if bank.rows is not None:
+            y_BO, row_lora = self.without_lora(x[0], bank.rows), self.row_lora(bank.rows)
+            return (add_lora_rows(x[0], y_BO, row_lora) if row_lora else y_BO)[None]
         lora, scales = self.active()
         if scales and self.scales_input:
             x = _Scale.apply(x, bank.anchor, self.scale, scales)
@@ -93,9 +101,23 @@ class BankLinear(nn.Module):
 
     def active(self) -> tuple[Ranges, Ranges]:
         """The ranges in use whose slot has a LoRA for this linear, and those whose slot has IA3 scales."""
-        bank, target = self.bank[0], self.name.rsplit(".", 1)[-1]
-        lora = bank.active("lora", target) if self.a is not None else ()
-        return lora, bank.active("ia3", target) if self.scale is not None else ()
+        bank = self.bank[0]
+        lora = bank.active("lora", self.target) if self.a is not None else ()
+        return lora, bank.active("ia3", self.target) if self.scale is not None else ()
+
+    def without_lora(self, x_BI: Tensor, rows: RowSlots) -> Tensor:
+        """One token per row by the base, and by IA3 where a row has it."""
+        if self.scale is not None and self.scales_input:
+            x_BI = rows.scaled(x_BI, self.scale, self.target)
+        y_BO: Tensor = self.base(x_BI)
+        return y_BO if self.scale is None or self.scales_input else rows.scaled(y_BO, self.scale, self.target)
+
+    def row_lora(self, rows: RowSlots) -> RowLora | None:
+        """What `add_lora_rows` is to add, if any row has a LoRA for this linear."""
+        scaling_B = rows.scaling("lora", self.target) if self.a is not None else None
+        if scaling_B is None:
+            return None
+        return rows.slot_B, scaling_B, self.a.compute, self.b.compute.transpose(1, 2)  # type: ignore[union-attr]
 
     def add_lora(self, y_TO: Tensor, x_TI: Tensor, ranges: Ranges, masks: Masks) -> None:
         """y += scaling * (x A^T) B^T for each slot's tokens, in place."""
@@ -128,6 +150,35 @@ class BankLinear(nn.Module):
                 grad_x_TI[start:stop].addmm_(low_grad, a.compute[slot], alpha=scaling_S[slot])
             else:
                 grad_x_TI[start:stop] += (low_grad @ a.compute[slot]).mul_(scaling_S[slot]) * mask
+
+
+class RowSlots:
+    """The slots of a decoding step, one token per row; -1 is the base alone."""
+
+    def __init__(self, bank: AdapterBank, slots: Sequence[int]):
+        self._pefts = [bank.peft[slot] if slot >= 0 else None for slot in slots]
+        self._scalings = [bank.scaling_S[slot] for slot in slots]
+        self.slot_B = torch.tensor([max(slot, 0) for slot in slots], device=bank.device)
+        self._found: dict[tuple[str, str], Tensor | None] = {}
+
+    def scaling(self, kind: str, target: str) -> Tensor | None:
+        """[B] float32: LoRA's scaling, or 1 for IA3, for rows with such an adapter for linears called `target`, else 0.
+
+        None if there is no such row.
+        """
+        if (kind, target) not in self._found:
+            has = [peft is not None and peft.kind == kind and target in targets(peft) for peft in self._pefts]
+            own = self._scalings if kind == "lora" else [1.0] * len(has)
+            scalings = [scaling if mine else 0.0 for scaling, mine in zip(own, has, strict=True)]
+            self._found[kind, target] = torch.tensor(scalings, device=self.slot_B.device) if any(has) else None
+        return self._found[kind, target]
+
+    def scaled(self, x_BD: Tensor, scale: Stack, target: str) -> Tensor:
+        """Each row with IA3 scales for `target` times its slot's."""
+        scaling_B = self.scaling("ia3", target)
+        if scaling_B is None:
+            return x_BD
+        return torch.where(scaling_B[:, None] != 0, x_BD * scale.compute[self.slot_B], x_BD)
 
 
 class _LoRA(torch.autograd.Function):
@@ -222,6 +273,14 @@ def _column(scaling_S: list[float], ranges: Ranges, like: Tensor) -> Tensor:
     return torch.tensor([scaling_S[slot] for slot, _, _ in ranges], dtype=like.dtype, device=like.device)[:, None, None]
 
 
+@dataclass(frozen=True)
+class FittedAdapter:
+    """An adapter checked against a bank, with the stack each of its tensors goes to: all that is left is to copy."""
+
+    peft: PeftConfig
+    values: tuple[tuple[Stack, Tensor], ...]
+
+
 class AdapterBank:
     """S slots of adapters over `model`, whose target linears are wrapped in place.
 
@@ -248,6 +307,7 @@ class AdapterBank:
         self.seeds: list[int] = [0] * num_slots
         self.linears: dict[str, BankLinear] = {}
         self.prompts: Stack | None = None
+        self.rows: RowSlots | None = None
         self._ranges: Ranges = ()
         self._active: dict[tuple[str, str], Ranges] = {}
         self._step, self._tokens_before = 0, dict[int, int]()
@@ -282,6 +342,8 @@ class AdapterBank:
                 self.linears[name] = module
             if kind == "lora":
                 module.a, module.b = self._stack(rank, module.in_features), self._stack(module.out_features, rank)
+                if not self.trainable:  # in memory as [S, R, O]: `add_lora_rows` reads along O
+                    module.b.compute = module.b.compute.transpose(1, 2).contiguous().transpose(1, 2)
             else:
                 module.scale = self._stack(module.in_features if module.scales_input else module.out_features)
 
@@ -310,9 +372,14 @@ class AdapterBank:
 
         `step` and `tokens_before` (slot -> the slot's tokens in earlier passes of the step) are for dropout.
         """
+        self.rows = None
         self._ranges = [r for r in ranges if r[0] >= 0]
         self._active = {}
         self._step, self._tokens_before = step, tokens_before or {}
+
+    def use_rows(self, slots: Sequence[int]) -> None:
+        """Say which slot computes each row of the decoding step that follows."""
+        self.rows = RowSlots(self, slots)
 
     def active(self, kind: str, target: str) -> Ranges:
         """The ranges whose slot holds an adapter of `kind` for the linears called `target`."""
@@ -407,11 +474,20 @@ class AdapterBank:
         Raises:
             ValueError: The adapter does not fit the bank (kind, rank, targets, shapes, NaN); the slot is as before.
         """
+        self.place(slot, self.fit(adapter))
+
+    def fit(self, adapter: AdapterState) -> FittedAdapter:
+        """Check an adapter against the bank: the slow part of `load`, which touches no slot and can run in any thread.
+
+        Raises:
+            ValueError: As `load`.
+        """
         peft = peft_from_dict(adapter.peft_config)
         places = self._places(peft)
         if set(places) != set(adapter.tensors):
             odd = sorted(set(places) ^ set(adapter.tensors))[:3]
             raise ValueError(f"the adapter's tensors do not match this bank's target modules: {odd}")
+        values = []
         for key, (stack, shape) in places.items():
             value = adapter.tensors[key]
             if value.shape != shape or math.prod(shape) > stack.value[0].numel():
@@ -420,10 +496,21 @@ class AdapterBank:
                 )
             if not np.isfinite(value).all():
                 raise ValueError(f"the adapter's {key} has a value that is not finite")
-        self._occupy(slot, peft)
-        for key, (stack, _) in places.items():
-            tensor = torch.from_numpy(adapter.tensors[key])
-            stack.write(slot, tensor.flatten() if key.endswith("ia3_l") else tensor)
+            tensor = torch.from_numpy(value)
+            values.append((stack, tensor.flatten() if key.endswith("ia3_l") else tensor))
+        return FittedAdapter(peft, tuple(values))
+
+    def place(self, slot: int, fitted: FittedAdapter) -> None:
+        """Copy a fitted adapter into a slot."""
+        self._occupy(slot, fitted.peft)
+        for stack, value in fitted.values:
+            stack.write(slot, value)
+
+    def vacate(self, slot: int) -> None:
+        """Empty a slot, its memory too."""
+        self.peft[slot], self.scaling_S[slot] = None, 0.0
+        for stack in self.stacks().values():
+            stack.clear(slot)
 
     def _places(self, peft: PeftConfig) -> dict[str, tuple[Stack, tuple[int, ...]]]:
         """PEFT's on-disk name -> the stack that holds it and its shape on disk."""

@@ -10,7 +10,7 @@ its prefix would copy nothing, but takes several times the calls: 17 ms a layer 
 Plugs into any Hugging Face model that takes its attention from `AttentionInterface`, under the name "segments".
 
 Shapes: T tokens, N segments, L queries of a segment, K keys of a segment (P of the prefix, then L), H query heads, G
-query heads per key head, D head width, R padded rows (all groups' tokens times heads), B rows of a cache.
+query heads per key head, D head width, R padded rows (all groups' tokens times heads).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from oppu_ray.kernels import fused
+from oppu_ray.kv_cache import DecodePlan, Fill, decode_attention
 
 NAME = "segments"
 
@@ -111,12 +112,10 @@ class Padded(NamedTuple):
 
 @dataclass
 class SegmentPlan:
-    """How one stream attends. `cache` and what follows are for filling a cache on the way."""
+    """How one stream attends, and where its keys and values are kept, if they are."""
 
     groups: list[Group]
-    cache: KVCache | None = None
-    cache_rows_T: Tensor | None = None
-    cache_positions_T: Tensor | None = None
+    fill: Fill | None = None
     _padded: dict[tuple[str, int], Padded] = field(default_factory=dict, init=False)
 
     def queries(self, heads: int) -> Padded:
@@ -154,35 +153,6 @@ def _pad(parts: list[tuple[Tensor, Tensor]], heads: int) -> Padded:
     target = torch.empty(int(real_R.sum()), dtype=torch.long, device=source_R.device)
     target[source_R[real_R]] = real_R.nonzero()[:, 0]
     return Padded(source_R, target, real_R.float())
-
-
-@dataclass
-class DecodePlan:
-    """One new token for each of the first B rows of `cache`, whose lengths before it are `lengths_B`."""
-
-    cache: KVCache
-    lengths_B: Tensor
-    longest: int
-
-
-class KVCache:
-    """Keys and values of rows being answered: per layer two tensors [rows, positions, key heads, D]."""
-
-    def __init__(self, num_layers: int, num_rows: int, num_positions: int, num_heads: int, head_dim: int, like: Tensor):
-        shape = (num_layers, 2, num_rows, num_positions, num_heads, head_dim)
-        self.layers = torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-    @property
-    def num_positions(self) -> int:
-        return self.layers.shape[3]
-
-    def clear(self, rows: slice) -> None:
-        """Zero rows before they are used: a NaN left over by another user would pass a mask (0 * NaN is NaN)."""
-        self.layers[:, :, rows] = 0
-
-    def move(self, source: int, target: int) -> None:
-        """Copy row `source` over row `target`."""
-        self.layers[:, :, target] = self.layers[:, :, source]
 
 
 def plan_segments(
@@ -362,21 +332,6 @@ class _SegmentAttention(torch.autograd.Function):
         return *attention_backward(grads[0], key_heads, plan, scale, saved), None, None, None
 
 
-def decode_attention(
-    q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, plan: DecodePlan, layer: int, scale: float, window: Any
-) -> Tensor:
-    rows_B = torch.arange(q_BHD.shape[0], device=q_BHD.device)
-    num, key_heads, width = k_BHD.shape
-    keys, values = plan.cache.layers[layer]
-    keys[rows_B, plan.lengths_B], values[rows_B, plan.lengths_B] = k_BHD, v_BHD
-    k_BKHD, v_BKHD = keys[:num, : plan.longest + 1], values[:num, : plan.longest + 1]
-    age_BK = plan.lengths_B[:, None] - torch.arange(plan.longest + 1, device=q_BHD.device)
-    seen_BK = (age_BK >= 0) & (age_BK < window) if window else age_BK >= 0
-    scores = q_BHD.view(num, key_heads, -1, width) @ k_BKHD.permute(0, 2, 3, 1)
-    scores = scores.float().mul_(scale).masked_fill_(~seen_BK[:, None, None], float("-inf"))
-    return (torch.softmax(scores, -1).to(q_BHD.dtype) @ v_BKHD.transpose(1, 2)).reshape(num, -1, width)
-
-
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -395,19 +350,14 @@ def attend(
         raise ValueError(f"{type(module).__name__}: attention soft caps and sinks are not supported")
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
+    window = sliding_window or 0
     if isinstance(plan, DecodePlan):
-        return decode_attention(q_THD, k_THD, v_THD, plan, layer, scaling, sliding_window)[None], None
-    if plan.cache is not None:
-        fill_cache(plan, layer, k_THD, v_THD)
-    return _SegmentAttention.apply(q_THD, k_THD, v_THD, plan, scaling, sliding_window or 0)[None], None
-
-
-def fill_cache(plan: SegmentPlan, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
-    """Write a stream's keys and values to their places in the plan's cache."""
-    assert plan.cache is not None
-    index = (plan.cache_rows_T, plan.cache_positions_T)
-    plan.cache.layers[layer, 0].index_put_(index, k_THD)
-    plan.cache.layers[layer, 1].index_put_(index, v_THD)
+        return decode_attention(q_THD, k_THD, v_THD, plan, layer, scaling, window)[None], None
+    out_THD = _SegmentAttention.apply(q_THD, k_THD, v_THD, plan, scaling, window)
+    if plan.fill is not None:
+        plan.fill.store(layer, k_THD, v_THD)
+        plan.fill.attend_resumed(layer, q_THD, out_THD, scaling, window)
+    return out_THD[None], None
 
 
 AttentionInterface.register(NAME, attend)

@@ -184,12 +184,61 @@ class UserDone:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to the engine. `adapter_id` is None for the shared model alone."""
+    """One question to the engine.
+
+    Args:
+        request_id: Unique among the requests under way.
+        prompt_ids: The prompt's tokens.
+        adapter_id: One version of one user's adapter, e.g. "<user hash>/<version>": a new version is a new id. None for
+            the shared model alone.
+        max_new_tokens: Most tokens of the answer.
+        stop_ids: Tokens that end the answer; they are not part of it.
+        stop: Texts that end the answer; the answer's text ends before them.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        seed: Same request, same seed: same answer, whoever else is in the batch.
+        labels: Token sequences; the answer is one of them, chosen token by token.
+        num_logprobs: None for no log-probabilities, 0 for the answer's tokens', n for the n likeliest tokens' as well.
+        user_id: Whose request it is (serving: the user's hash). An adapter loaded for one user is refused to another,
+            and prompts are cached for their own user alone; a request to the shared model with "" is not cached.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     adapter_id: str | None = None
     max_new_tokens: int = 32
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    labels: tuple[tuple[int, ...], ...] = ()
+    num_logprobs: int | None = None
+    user_id: str = ""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one step of the engine added to one answer. The last event of a request has a `finish_reason`.
+
+    Args:
+        token_ids: The new token, or () where the step only ended the answer.
+        text: New text that no later token can take back; "" while a character or a stop text may be incomplete.
+        logprobs: Log-probability of each of `token_ids` under the model itself (before temperature, top-p and labels).
+        top_logprobs: Per token, the likeliest (token, log-probability) pairs, likeliest first.
+        finish_reason: "stop" (a stop token, a stop text, a complete label), "length", "cancelled" or "error".
+        error: With "error", what happened.
+        num_cached: Prompt tokens that were not computed anew; in a request's first event.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The decision a reader would question: on AMX the matrix products are so fast (3 
 elementwise code takes three quarters of a step. Small pure functions are compiled by torch.compile; a module is
 replaced only where its fused version agrees with it on random input, so an unknown architecture just stays as it is.
 
-Shapes: T tokens, D features, V vocabulary, H heads.
+Shapes: T tokens, D features, V vocabulary, H heads; B rows, S slots, R rank, I and O widths of a linear.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+PACKED_ROWS = 32  # tokens of a typical product with a packed weight
 
 
 def keep_freed_memory() -> None:
@@ -135,6 +137,45 @@ def token_loss_gradient(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor,
     return grad.to(logits_TV.dtype)
 
 
+RowLora = tuple[Tensor, Tensor, Tensor, Tensor]  # slot_B, scaling_B, a_SRI, b_SRO
+
+
+def _with_lora(x_BI: Tensor, y_BO: Tensor, lora: RowLora | None) -> Tensor:
+    if lora is None:
+        return y_BO
+    slot_B, scaling_B, a_SRI, b_SRO = lora
+    low_BR = (x_BI[:, None].float() * a_SRI[slot_B].float()).sum(-1) * scaling_B[:, None]
+    added_BO = (low_BR[:, :, None] * b_SRO[slot_B].float()).sum(1)
+    return torch.where(scaling_B[:, None] != 0, y_BO.float() + added_BO, y_BO.float()).to(y_BO.dtype)
+
+
+@fused
+def add_lora_rows(x_BI: Tensor, y_BO: Tensor, lora: RowLora) -> Tensor:
+    """y + scaling * (x A^T) B^T with each row's own slot; a row of scaling 0 is y itself, whatever its slot holds.
+
+    The slots are read where they lie: 32 rows of rank 8 take 40 us, where copying them together first takes 300.
+    """
+    return _with_lora(x_BI, y_BO, lora)
+
+
+@fused
+def adapt_and_rotate(
+    x_BI: Tensor, cos_B1W: Tensor, sin_B1W: Tensor, *parts: tuple[Tensor, RowLora | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, W] from what their linears gave for x: LoRA added, the first two rotated.
+
+    One call, because each costs 30 us: half of what an adapter costs a decoding step.
+    """
+    half = cos_B1W.shape[-1] // 2
+
+    def rotated(x_BHW: Tensor) -> Tensor:
+        turned = torch.cat((-x_BHW[..., half:], x_BHW[..., :half]), dim=-1)
+        return (x_BHW.float() * cos_B1W.float() + turned.float() * sin_B1W.float()).to(x_BHW.dtype)
+
+    q, k, v = (_with_lora(x_BI, y_BO, lora).view(len(x_BI), -1, 2 * half) for y_BO, lora in parts)
+    return rotated(q), rotated(k), v
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -208,6 +249,34 @@ def _fused_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     if all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return lambda x: module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))
     return None
+
+
+def pack_linears(model: nn.Module) -> Callable[[], None]:
+    """Lay the weights of a frozen bf16 model's linears out as the CPU's matrix units read them, beside the original.
+
+    The same bits in half the time for up to 100 tokens, no difference for 2,000; costs the model's size in memory.
+
+    Returns:
+        What undoes it.
+    """
+    weight = next(model.parameters())
+    can_pack = (
+        weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    linears = [module for module in model.modules() if type(module) is nn.Linear] if can_pack else []
+    for linear in linears:
+        linear.forward = _packed_forward(linear)  # type: ignore[method-assign, assignment]
+
+    def unpack() -> None:
+        for linear in linears:
+            del linear.forward
+
+    return unpack
+
+
+def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    packed, bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, PACKED_ROWS), linear.bias
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ adapters. The decision a reader would question: autograd runs the same products,
 their own, keeps tensors it can do without, and on a CPU every call costs; written out, a step takes about two thirds of
 the time. A layer is replaced only where it agrees with this one on random input, so all other models stay as they are.
 
-Shapes: T tokens, D hidden, H heads of width W.
+Shapes: T tokens, B rows of one token each, D hidden, H heads and G key heads of width W.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ from torch import Tensor, nn
 from oppu_ray.adapters import BankLinear, scaled, scaled_gradient
 from oppu_ray.attention import (
     NAME,
-    DecodePlan,
     Segment,
     SegmentPlan,
     attention_backward,
     attention_forward,
-    decode_attention,
-    fill_cache,
     plan_segments,
 )
-from oppu_ray.kernels import gated, gated_gradient, rms_norm, rms_norm_gradient, rotate, rotate_back
+from oppu_ray.kernels import (
+    RowLora,
+    adapt_and_rotate,
+    gated,
+    gated_gradient,
+    rms_norm,
+    rms_norm_gradient,
+    rotate,
+    rotate_back,
+)
+from oppu_ray.kv_cache import DecodePlan, decode_attention
 
 Saved = list[Any]
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -88,7 +95,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor | None, layer: Any, cos: Tensor, sin: Tensor, plan: SegmentPlan | DecodePlan
+        ctx: Any, x: Tensor, anchor: Tensor | None, layer: Any, cos: Tensor, sin: Tensor, plan: SegmentPlan
     ) -> Tensor:
         saved: Saved = []
         attention, mlp, (norm1, norm2) = layer.self_attn, layer.mlp, (getattr(layer, name) for name in NORMS)
@@ -100,12 +107,10 @@ class _Layer(torch.autograd.Function):
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q_THW, k_THW = rotate(q_THW, cos, sin), rotate(k_THW, cos, sin)
-        if isinstance(plan, DecodePlan):
-            out = decode_attention(q_THW, k_THW, v_THW, plan, attention.layer_idx, attention.scaling, None)
-        else:
-            if plan.cache is not None:
-                fill_cache(plan, attention.layer_idx, k_THW, v_THW)
-            out = attention_forward(q_THW, k_THW, v_THW, plan, attention.scaling, 0, saved)
+        out = attention_forward(q_THW, k_THW, v_THW, plan, attention.scaling, 0, saved)
+        if plan.fill is not None:
+            plan.fill.store(attention.layer_idx, k_THW, v_THW)
+            plan.fill.attend_resumed(attention.layer_idx, q_THW, out, attention.scaling, 0)
         mid_TD = product(attention.o_proj, out.reshape(len(h_TD), -1), saved, onto=x_TD)
         h_TD = rms_norm(mid_TD, norm2.weight, norm2.variance_epsilon)
         saved.append(mid_TD)
@@ -140,6 +145,26 @@ class _Layer(torch.autograd.Function):
             return None, None, None, None, None, None
         grad_TD = rms_norm_gradient(grad, saved.pop(), norm1.weight, norm1.variance_epsilon, grad_TD)
         return grad_TD[None], None, None, None, None, None
+
+
+def decode(layer: Any, x_BD: Tensor, cos: Tensor, sin: Tensor, plan: DecodePlan) -> Tensor:
+    """One decoder layer for one new token per row. With so few tokens eager kernels are faster than compiled ones."""
+    attention, mlp, (norm1, norm2) = layer.self_attn, layer.mlp, (getattr(layer, name) for name in NORMS)
+    h_BD = torch.rms_norm(x_BD, norm1.weight.shape, norm1.weight, norm1.variance_epsilon)
+    parts = [_without_lora(linear, h_BD) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    q_BHW, k_BGW, v_BGW = adapt_and_rotate(h_BD, cos, sin, *parts)
+    out_BHW = decode_attention(q_BHW, k_BGW, v_BGW, plan, attention.layer_idx, attention.scaling, 0)
+    x_BD = x_BD + attention.o_proj(out_BHW.flatten(1)[None])[0]
+    h_BD = torch.rms_norm(x_BD, norm2.weight.shape, norm2.weight, norm2.variance_epsilon)
+    gate, up = mlp.gate_proj(h_BD[None]), mlp.up_proj(h_BD[None])
+    return x_BD + mlp.down_proj(nn.functional.silu(gate).mul_(up))[0]
+
+
+def _without_lora(linear: nn.Module, x_BD: Tensor) -> tuple[Tensor, RowLora | None]:
+    """What a linear gives before LoRA, and the LoRA that is still to be added."""
+    if not isinstance(linear, BankLinear) or (rows := linear.bank[0].rows) is None:
+        return linear(x_BD), None
+    return linear.without_lora(x_BD, rows), linear.row_lora(rows)
 
 
 def _save(ctx: Any, saved: Saved, others: list[Tensor]) -> None:
@@ -187,6 +212,8 @@ def _fused_forward(layer: Any) -> Callable[..., Tensor]:
         if plan is None:  # a plain Hugging Face pass, not one of our streams
             return original(hidden_states, *args, **kwargs)
         cos, sin = (part[0, :, None] for part in kwargs["position_embeddings"])
+        if isinstance(plan, DecodePlan):
+            return decode(layer, hidden_states[0], cos, sin, plan)[None]
         linears = (getattr(getattr(layer, part), name) for part, names in LINEARS.items() for name in names)
         anchor = next((linear.bank[0].anchor for linear in linears if isinstance(linear, BankLinear)), None)
 

@@ -1,0 +1,142 @@
+"""Keys and values of the rows being answered, and attention over them (it stands inside `inference`).
+
+In: each layer's new queries, keys and values. Out: their attention to everything their own row holds.
+The decision a reader would question: a row is one stretch of memory, moved when a gap opens, not a list of pages. Rows
+0 to B - 1 are always the ones being decoded, so one step attends with one call per layer and copies nothing. What a
+row does not fill is zero, always: a masked NaN left over by another user would still pass a mask (0 * NaN is NaN).
+
+Shapes: B rows, T tokens of a stream, L tokens of one row, K positions of the longest row, H query heads, G key heads,
+D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+GROWTH = 256
+
+
+class KVCache:
+    """`layers` is [layers, 2 (keys, values), rows, key heads, positions, D]; positions grow with need.
+
+    Args:
+        max_positions: Most positions of a row.
+        like: Gives dtype and device.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, max_positions: int, num_heads: int, head_dim: int, like: Tensor):
+        self.max_positions = max_positions
+        self.layers = like.new_zeros((num_layers, 2, num_rows, num_heads, 0, head_dim))
+
+    def reserve(self, num_positions: int) -> None:
+        """Make room for rows of `num_positions`."""
+        present = self.layers.shape[4]
+        if num_positions > present:
+            wanted = min(-(-num_positions // GROWTH) * GROWTH, self.max_positions)
+            grown = self.layers.new_zeros((*self.layers.shape[:4], wanted, self.layers.shape[5]))
+            grown[..., :present, :] = self.layers
+            self.layers = grown
+
+    def read(self, row: int, length: int) -> Tensor:
+        """A copy of a row's first positions, [layers, 2, key heads, length, D]."""
+        return self.layers[:, :, row, :, :length].clone()
+
+    def write(self, row: int, values: Tensor) -> None:
+        """The inverse of `read`."""
+        self.layers[:, :, row, :, : values.shape[3]] = values
+
+    def clear(self, row: int, length: int) -> None:
+        """Zero a row that filled `length` positions."""
+        self.layers[:, :, row, :, :length] = 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Move a row that fills `length` positions to a cleared one."""
+        self.layers[:, :, target, :, :length] = self.layers[:, :, source, :, :length]
+        self.clear(source, length)
+
+
+@dataclass
+class DecodePlan:
+    """One new token for each of the first B rows of `cache`, whose lengths before it are `lengths`."""
+
+    cache: KVCache
+    lengths: Sequence[int]
+    _biases: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        device = self.cache.layers.device
+        self.rows_B = torch.arange(len(self.lengths), device=device)
+        self.lengths_B = torch.tensor(self.lengths, device=device)
+        self.num_keys = max(self.lengths) + 1
+
+    def bias(self, window: int) -> Tensor:
+        """[B, 1, 1, K]: 0 where a row's new token may see a position, -inf where not. Made once per step and window."""
+        if window not in self._biases:
+            layers = self.cache.layers
+            age_BK = self.lengths_B[:, None] - torch.arange(self.num_keys, device=layers.device)
+            seen_BK = (age_BK >= 0) & (age_BK < window) if window else age_BK >= 0
+            bias_BK = layers.new_zeros(seen_BK.shape).masked_fill_(~seen_BK, float("-inf"))
+            self._biases[window] = bias_BK[:, None, None]
+        return self._biases[window]
+
+
+def decode_attention(
+    q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor, plan: DecodePlan, layer: int, scale: float, window: int
+) -> Tensor:
+    """Store one token per row and attend to its row, [B, H, D]. `window` 0 means no sliding window."""
+    keys, values = plan.cache.layers[layer]
+    keys[plan.rows_B, :, plan.lengths_B], values[plan.rows_B, :, plan.lengths_B] = k_BGD, v_BGD
+    num, num_keys = len(plan.lengths), plan.num_keys
+    return scaled_dot_product_attention(
+        q_BHD[:, :, None],
+        keys[:num, :, :num_keys],
+        values[:num, :, :num_keys],
+        attn_mask=plan.bias(window),
+        scale=scale,
+        enable_gqa=True,
+    )[:, :, 0]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Tokens [start, stop) of a stream continue cache row `row` after its first `done` positions."""
+
+    start: int
+    stop: int
+    row: int
+    done: int
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Where a stream's keys and values go: token t to `positions_T[t]` of row `rows_T[t]`; and what continues a row."""
+
+    cache: KVCache
+    rows_T: Tensor
+    positions_T: Tensor
+    resumed: Sequence[Resumed]
+
+    def store(self, layer: int, k_TGD: Tensor, v_TGD: Tensor) -> None:
+        keys, values = self.cache.layers[layer]
+        keys[self.rows_T, :, self.positions_T], values[self.rows_T, :, self.positions_T] = k_TGD, v_TGD
+
+    def attend_resumed(self, layer: int, q_THD: Tensor, out_THD: Tensor, scale: float, window: int) -> None:
+        """Overwrite `out_THD` for the tokens that also see what their row already held."""
+        keys, values = self.cache.layers[layer]
+        for part in self.resumed:
+            position_K = torch.arange(part.done + part.stop - part.start, device=q_THD.device)
+            stop, age_LK = len(position_K), position_K[part.done :, None] - position_K
+            seen_LK = (age_LK >= 0) & (age_LK < window) if window else age_LK >= 0
+            out_THD[part.start : part.stop] = scaled_dot_product_attention(
+                q_THD[None, part.start : part.stop].transpose(1, 2),
+                keys[None, part.row, :, :stop],
+                values[None, part.row, :, :stop],
+                attn_mask=seen_LK,
+                scale=scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
