@@ -174,7 +174,7 @@ def test_scaling_and_bounds_reach_the_deployments(run: Path) -> None:
     assert Path(values["run_dir"]).is_absolute()
 
 
-def test_oppu_serve_answers_until_it_is_told_to_stop(run: Path) -> None:
+def test_oppu_serve_answers_until_it_is_told_to_stop(run: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -183,11 +183,12 @@ def test_oppu_serve_answers_until_it_is_told_to_stop(run: Path) -> None:
         command = [sys.executable, "-c", oppu_command, "serve", str(run), f"serve.port={port}"]
         taken = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert taken.returncode == 2 and f"serve.port={port}" in taken.stderr
-    service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    log = tmp_path / "stderr"
+    service = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, cwd=ROOT)
     try:
         assert service.stdout is not None
         url = re.search(r"http://\S+", service.stdout.readline())
-        assert url, "the first line names the URL"
+        assert url, f"the first line should name the URL; the log: {log.read_text()}"
         vault = open_vault(load_config(run))
         token = vault.registry.create_token("user", vault.user_hash("user-0"))
         body = b'{"input": "film 1"}'
