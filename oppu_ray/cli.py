@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     cluster.add_argument("what", choices=["start", "stop"])
     cluster.add_argument("--port", type=int, default=6379)
     cluster.add_argument("--dashboard-port", type=int, default=8265)
+    server = commands.add_parser("serve", help="answer a trained run's users over HTTP (from a checkout)")
+    server.add_argument("config", type=Path, help="YAML file of the run, e.g. jobs/configs/demo.yaml")
+    server.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. serve.port=8001")
     commands.add_parser("doctor", help="what is installed, what is missing, how to get it")
     users.add_parsers(commands)
     options = parser.parse_args(arguments)
@@ -70,6 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
             return subprocess.call([sys.executable, "-m", "jobs.bench_train", *options.rest], cwd=DEMO.parents[2])
         if options.command in ("users", "token"):
             return users.main(options)
+        if options.command == "serve":
+            sys.path.insert(0, str(DEMO.parents[2]))  # serve/ is part of the checkout, not of the package
+            from serve.run import run as serve_run
+
+            serve_run(options.config, options.overrides)
+            return 0
         if options.command == "doctor":
             return _doctor()
         if options.command == "plan":

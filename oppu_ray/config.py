@@ -181,6 +181,32 @@ class WorkersConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """How answers are served. `max_length` is prompt and answer together, in tokens.
+
+    `num_slots` adapters are resident in a replica, which answers up to `max_rows` requests at a time; `max_queued` more
+    wait for it, and what comes then is refused. Up to `prefix_bytes` of read prompts are kept for their users. With
+    `max_replicas` above `min_replicas`, replicas come and go with the load.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    min_replicas: int = 1
+    max_replicas: int = 1
+    cpus_per_replica: float = 1.0
+    gpus_per_replica: float = 0.0
+    num_slots: int = 64
+    max_rows: int = 32
+    max_queued: int = 64
+    max_length: int = 1024
+    max_new_tokens: int = 256
+    prefix_bytes: int = 256 * 2**20
+    max_items: int = 10_000
+    requests_per_user: int = 8
+    deadline_s: float = 60.0
+
+
+@dataclass(frozen=True)
 class VaultConfig:
     """Where users are kept. `path` "" is `<run_dir>/vault`, `registry_url` "" an SQLite file in it.
 
@@ -208,6 +234,7 @@ class Config:
     personal: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     vault: VaultConfig = field(default_factory=VaultConfig)
 
 

@@ -212,6 +212,16 @@ class Engine:
         """Whether `step` has anything to do or report."""
         return bool(self._waiting or self._rows or self._events)
 
+    @property
+    def num_rows(self) -> int:
+        """Requests that are being answered."""
+        return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a row, or for a slot."""
+        return len(self._waiting)
+
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Decode one token for every row, retire, admit what fits, prefill at most `max_tokens_per_pass` tokens.

@@ -71,8 +71,9 @@ def encode(pair: TrainingPair, tokenizer: object, max_length: int) -> Example:
 
 
 def plain_tokenizer(tokenizer: object) -> Tokenize:
-    """Text to ids without any special tokens."""
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # type: ignore[operator]
+    """Text to ids without any special tokens, not even where the text spells one: "<|im_end|>" is only letters."""
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    return lambda text: tokenizer(text, **plain)["input_ids"] if text else []  # type: ignore[operator]
 
 
 def first_tokens(tokenizer: object) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ class AdapterSlots:
         self._bank = bank
         self._free = list(reversed(range(bank.num_slots)))
         self._residents: OrderedDict[Key, _Resident] = OrderedDict()  # least recently used first
+        self.num_evictions = 0
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -67,7 +68,10 @@ class AdapterSlots:
         if self._free:
             return self._free.pop()
         idle = next((key for key, resident in self._residents.items() if not resident.num_holders), None)
-        return None if idle is None else self._residents.pop(idle).slot
+        if idle is None:
+            return None
+        self.num_evictions += 1
+        return self._residents.pop(idle).slot
 
     def remove(self, key: Key) -> None:
         """Empty an adapter's slot, its memory too.

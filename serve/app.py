@@ -1,0 +1,237 @@
+"""The Ray Serve application: an ingress, engine replicas chosen by the user's hash, a trainer (arrow engine -> HTTP).
+
+In: `ServeArgs`, the run's YAML. Out: an application for `serve run`, `serve deploy` or `oppu serve`. This file and
+`serve/run.py` are all of serving that knows Ray.
+A reader might question consistent hashing in place of `@serve.multiplexed`: that takes the model from a header that any
+client can send, evicts adapters in use, and cannot mix users in a batch. Here the session is the hash from the verified
+token, and only steers which replica has the adapter resident.
+"""
+
+# No `from __future__ import annotations`: Serve reads the annotation of `build_app`, and ignores one that is a string.
+
+import asyncio
+import urllib.request
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import BaseModel
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.util import metrics as ray_metrics
+
+from oppu_ray.config import Config, from_dict, load_config, located, to_dict
+from oppu_ray.telemetry import SERVING_METRICS
+from oppu_ray.vault import open_vault
+from serve.guard import RETRY_AFTER_S
+from serve.messages import Ask, Event, Failed, Refresh
+
+ROOT = Path(__file__).resolve().parents[1]
+DRAIN_S = 10.0
+"""What a replica has beyond the longest deadline to end what it does, when it is replaced."""
+
+
+class ServeArgs(BaseModel):
+    """`config` is the run's YAML, relative to the checkout; `overrides` are `dotted.key=value`, as for `oppu`."""
+
+    config: str
+    overrides: list[str] = []
+
+
+def build_app(args: ServeArgs) -> serve.Application:
+    """The application for one run: its vault, its task base, its task.
+
+    Raises:
+        ValueError: The config is wrong, or the run has no task base yet.
+    """
+    return application(located(load_config(ROOT / args.config, args.overrides)))
+
+
+def application(config: Config) -> serve.Application:
+    """The application for a config whose paths are absolute. ValueError if the run has no task base yet."""
+    if not (Path(config.run_dir) / "adapt" / "result.json").exists():
+        raise ValueError(f"{config.run_dir}: there is nothing to serve yet; train it with `oppu run` first")
+    options, values = config.serve, to_dict(config)
+    scaling: dict[str, Any] = {"num_replicas": options.min_replicas}
+    if options.max_replicas > options.min_replicas:
+        autoscaling = AutoscalingConfig(
+            min_replicas=options.min_replicas,
+            max_replicas=options.max_replicas,
+            target_ongoing_requests=options.max_rows / 2,
+        )
+        scaling = {"autoscaling_config": autoscaling}
+    router: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+    # A replica that is replaced ends what it does. Where there may be two, its successor is ready before it stops.
+    common = {
+        "graceful_shutdown_timeout_s": options.deadline_s + DRAIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
+    }
+    engine = _deployment(
+        Engine,
+        **scaling,
+        **common,
+        max_surge_percent=100,
+        max_ongoing_requests=2 * options.max_rows,
+        max_queued_requests=options.max_queued,
+        request_router_config=RequestRouterConfig(
+            request_router_class=router, request_router_kwargs={"num_fallback_replicas": 1}
+        ),
+        ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
+    ).bind(values)
+    trainer = _deployment(
+        Trainer, **common, max_ongoing_requests=100, ray_actor_options={"num_gpus": options.gpus_per_replica}
+    ).bind(values)
+    return _deployment(
+        serve.ingress()(Ingress),
+        **common,
+        max_surge_percent=100,
+        max_ongoing_requests=500,
+        max_queued_requests=500,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+        ray_actor_options={"num_cpus": 0},
+    ).bind(values, engine, trainer)
+
+
+def _deployment(cls: Any, **options: Any) -> Any:
+    return serve.deployment(**options)(cls)
+
+
+class Engine:
+    """`serve.replica.Replica` behind Serve."""
+
+    def __init__(self, values: dict[str, Any]):
+        import torch
+
+        from oppu_ray.refresh import open_task_base
+        from serve.replica import Replica, make_engine
+
+        config = from_dict(values)
+        torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))
+        name = serve.get_replica_context().replica_id.unique_id
+        base = open_task_base(config)
+        self.replica = Replica(config, base, open_vault(config), make_engine(config, base), name, Meters(name))
+
+    async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """See `Replica.ask`."""
+        async for event in self.replica.ask(ask):
+            yield event
+
+    async def forget(self, user_hash: str) -> None:
+        """See `Replica.forget`."""
+        await self.replica.forget(user_hash)
+
+    def check_health(self) -> None:
+        """Raises where Serve should replace this replica."""
+        self.replica.loop.check()
+
+
+class Trainer:
+    """`serve.trainer.Trainer` behind Serve; one replica, for it knows who is being trained."""
+
+    def __init__(self, values: dict[str, Any]):
+        from oppu_ray.refresh import open_task_base
+        from serve import trainer
+
+        config = from_dict(values)
+        self.trainer = trainer.Trainer(config, open_vault(config), lambda: open_task_base(config))
+
+    def start(self, user_hash: str) -> Refresh:
+        """See `Trainer.start`."""
+        return self.trainer.start(user_hash)
+
+    def status(self, user_hash: str) -> Refresh:
+        """See `Trainer.status`."""
+        return self.trainer.status(user_hash)
+
+
+class Ingress:
+    """`serve.web` behind Serve."""
+
+    def __init__(self, values: dict[str, Any], engine: DeploymentHandle, trainer: DeploymentHandle):
+        self._config = from_dict(values)
+        self._backend = RayBackend(self._config, engine, trainer)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve.web import create_web
+
+        meters = Meters(serve.get_replica_context().replica_id.unique_id)
+        return create_web(
+            self._backend,
+            self._config,
+            lambda route, status: meters("oppu_requests_total", 1, {"route": route, "status": str(status)}),
+        )
+
+
+class RayBackend:
+    """`serve.messages.Backend` by Ray Serve's handles."""
+
+    def __init__(self, config: Config, engine: DeploymentHandle, trainer: DeploymentHandle):
+        self.vault = open_vault(config)
+        self._engine, self._trainer = engine, trainer
+
+    async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """The events of the replica that the user's hash leads to, or of the next on the ring if that is full."""
+        answer: Any = self._engine.options(stream=True, session_id=ask.user_hash).ask.remote(ask)
+        try:
+            async for event in answer:
+                yield event
+        except BackPressureError:
+            yield Failed(503, "overloaded", "too many requests wait; try again")
+        except (RayError, RayServeException):
+            yield Failed(503, "replica_lost", "the replica that answered is gone; try again")
+        finally:
+            answer.cancel()
+
+    async def start_refresh(self, user_hash: str) -> Refresh:
+        """See `Trainer.start`."""
+        return await self._trainer.start.remote(user_hash)
+
+    async def refresh_status(self, user_hash: str) -> Refresh:
+        """See `Trainer.status`; "unknown" while the trainer is being replaced."""
+        try:
+            return await self._trainer.status.remote(user_hash)
+        except (RayError, RayServeException):
+            return Refresh("unknown")
+
+    async def forget(self, user_hash: str) -> None:
+        """Every replica drops the user; one that dies meanwhile has dropped them too."""
+        await self._engine.broadcast("forget", user_hash).results_async(timeout_s=10, return_exceptions=True)
+
+    async def metrics(self) -> str:
+        """Our own metrics of all processes, from the exporters of the cluster's nodes."""
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
+        pages = await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls))
+        lines = [line for page in pages for line in page.splitlines() if "oppu_" in line]
+        comments = dict.fromkeys(line for line in lines if line.startswith("#"))
+        return "\n".join([*comments, *(line for line in lines if not line.startswith("#"))]) + "\n"
+
+
+def _read(url: str) -> str:
+    with suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
+        return response.read().decode()
+    return ""  # a node that just went has no metrics
+
+
+class Meters:
+    """The metrics of `SERVING_METRICS` in one replica: `meters(name, value, further tags)`."""
+
+    def __init__(self, replica: str):
+        kinds = {"counter": ray_metrics.Counter, "gauge": ray_metrics.Gauge, "histogram": ray_metrics.Histogram}
+        self._metrics: dict[str, Any] = {}
+        for name, metric in SERVING_METRICS.items():
+            more = {"boundaries": list(metric.boundaries)} if metric.boundaries else {}
+            made = kinds[metric.kind](name, description=metric.description, tag_keys=metric.tags, **more)
+            self._metrics[name] = made.set_default_tags({"replica": replica})
+
+    def __call__(self, name: str, value: float, tags: Mapping[str, str]) -> None:
+        verb = {"counter": "inc", "gauge": "set", "histogram": "observe"}[SERVING_METRICS[name].kind]
+        if value or verb != "inc":
+            getattr(self._metrics[name], verb)(value, tags=dict(tags))

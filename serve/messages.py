@@ -1,0 +1,146 @@
+"""What crosses between the ingress and the engine deployment: one `Ask` in, a stream of events out (no torch, no Ray).
+
+A reader might question errors as events instead of exceptions: an exception crosses processes wrapped and with its
+traceback, and a traceback can hold a user's text; a `Failed` says what the client may read and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from oppu_ray.core import Item
+from oppu_ray.vault import Vault
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question of one user.
+
+    Args:
+        user_hash: From the verified token, never from the request.
+        question: A text to continue, a chat, or an item of the run's task, asked as in training.
+        use_adapter: Answer with the user's own adapter; False means the shared model.
+        top_k: How many of the user's own items to put in the prompt (items only).
+        max_tokens: Most tokens to generate; None: as many as evaluation allows.
+        num_logprobs: How many alternatives per token to report; None: no log-probabilities at all.
+        stream: Whether pieces are wanted as they come, or the text at the end.
+        deadline_s: Seconds from now after which nobody waits for the answer.
+    """
+
+    request_id: str
+    user_hash: str
+    question: str | tuple[Turn, ...] | Item
+    use_adapter: bool = True
+    top_k: int = 0
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    num_logprobs: int | None = None
+    stream: bool = False
+    deadline_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event of an answer: what it is made of.
+
+    Args:
+        version: Of the user's adapter; None for the shared model.
+        fallback: Why it is not the user's current adapter, or "".
+        items: The user's own items in the prompt, best first, as (item id, line of the prompt).
+        load_s: Seconds from the question's arrival until adapter and prompt were ready.
+        replica: Which replica answers.
+    """
+
+    version: str | None
+    fallback: str
+    items: tuple[tuple[str, str], ...]
+    num_prompt_tokens: int
+    load_s: float
+    replica: str = ""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability, and of the likeliest alternatives."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of the answer; a token that is half a character brings no text yet."""
+
+    text: str
+    num_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. `reason` is "stop" or "length"; times in seconds from the question's arrival at the replica."""
+
+    reason: str
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of an answer that failed: HTTP status, a code for programs and a message for people."""
+
+    status: int
+    code: str
+    message: str
+
+
+Event = Started | Delta | Finished | Failed
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How far a user's training has come. `state`: idle, queued, training, done, failed; refused: the queue is full."""
+
+    state: str = "idle"
+    num_steps_done: int = 0
+    num_steps: int = 0
+    version: str | None = None
+    error: str = ""
+
+
+class Backend(Protocol):
+    """What the HTTP routes need of the rest: `serve.app` gives it by Ray, the tests by hand."""
+
+    vault: Vault
+
+    def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """The answer's events. Closing the iterator early cancels the request."""
+        ...
+
+    async def start_refresh(self, user_hash: str) -> Refresh:
+        """Queue a training of this user on their whole history."""
+        ...
+
+    async def refresh_status(self, user_hash: str) -> Refresh: ...
+
+    async def forget(self, user_hash: str) -> None:
+        """Drop what the replicas hold of this user."""
+        ...
+
+    async def metrics(self) -> str:
+        """All metrics of the service in Prometheus' text format."""
+        ...

@@ -1,0 +1,413 @@
+"""One replica: a base model, an engine in a thread of its own, and the way from an `Ask` to its events (no Ray here).
+
+In: `Ask`s on the event loop. Out: their events. Per request: read the user's current version (0.1 ms), load and verify
+it if it is not resident (in a small pool of threads), retrieve, encode, hand it to the engine between two steps.
+A reader might question a thread for the engine: a step is tens of milliseconds of torch, and on the event loop it would
+stall health checks, admissions and every other answer's tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from oppu_ray.adapters import FittedAdapter
+from oppu_ray.base_model import Base
+from oppu_ray.config import Config
+from oppu_ray.core import Item, Prompt, Request, TokenEvent
+from oppu_ray.evaluation import stop_ids
+from oppu_ray.inference import Engine
+from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
+from oppu_ray.registry import RegistryError, UserHash, Version
+from oppu_ray.retrieval import make_retriever
+from oppu_ray.tasks import get_task, make_prompt, memory_line
+from oppu_ray.vault import CorruptError, Vault
+from serve.messages import Ask, Delta, Event, Failed, Finished, Started, TokenLogprob, Turn
+
+STALL_S = 120.0
+"""A step that takes longer has hung: the slowest sane one, 2,048 prompt tokens on one core, takes seconds."""
+
+NUM_LOADERS = 4
+
+T = TypeVar("T")
+Sink = Callable[[TokenEvent], None]
+Measure = Callable[[str, float, Mapping[str, str]], None]
+logger = logging.getLogger(__name__)
+
+
+def measure_nothing(name: str, value: float, tags: Mapping[str, str]) -> None:
+    """For where nobody looks."""
+
+
+class EngineLoop:
+    """The thread that owns an engine: runs what is asked of it between steps, then a step, and tells who waits.
+
+    When a step fails, everything under way fails with it and the loop is dead: `error` says why.
+    """
+
+    def __init__(self, engine: Engine, measure: Measure = measure_nothing):
+        self.engine, self._measure = engine, measure
+        self.error: BaseException | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sinks: dict[str, Sink] = {}
+        self._step_began: float | None = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Run a function in the engine's thread, between two steps; RuntimeError in the future if that has died."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                if self.error is not None:
+                    raise RuntimeError("the engine died")
+                future.set_result(function(*args))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        if self.error is not None:
+            self._drain()  # the thread no longer does
+        return future
+
+    def submit(self, request: Request, adapter: FittedAdapter | None, sink: Sink) -> bool:
+        """For `call`: queue a request; False if its adapter is neither given nor resident."""
+        if adapter is None and not self.engine.is_loaded(request):
+            return False
+        self.engine.submit(request, adapter)
+        self._sinks[request.request_id] = sink
+        return True
+
+    def check(self) -> None:
+        """Raises RuntimeError if the engine has died or hangs."""
+        if self.error is not None:
+            raise RuntimeError(f"the engine died: {self.error!r}")
+        if (began := self._step_began) is not None and time.monotonic() - began > STALL_S:
+            raise RuntimeError(f"the engine's step takes longer than {STALL_S:g} s")
+
+    def close(self) -> None:
+        """Stop the thread and leave the model as it was."""
+
+        def stop() -> None:
+            self._is_closed = True
+
+        self.call(stop)
+        self._thread.join()
+        self.engine.close()
+
+    def _run(self) -> None:
+        num_evictions = 0
+        try:
+            while not self._is_closed:
+                self._drain(wait=not self.engine.has_work)
+                if self.engine.has_work:
+                    self._step_began = time.monotonic()
+                    events = self.engine.step()
+                    self._step_began = None
+                    self._measure("oppu_batch_rows", self.engine.num_rows, {})
+                    self._measure("oppu_queue_length", self.engine.num_waiting, {})
+                    self._measure("oppu_slots_used", len(self.engine.slots), {})
+                    self._measure("oppu_evictions_total", self.engine.slots.num_evictions - num_evictions, {})
+                    num_evictions = self.engine.slots.num_evictions
+                    for event in events:
+                        sink = self._sinks[event.request_id]
+                        if event.finish_reason is not None:
+                            del self._sinks[event.request_id]
+                        sink(event)
+        except BaseException as error:  # torch may raise anything; whoever waits must hear of it
+            self.error = error
+            logger.error("the engine died: %s", type(error).__name__)
+            for request_id, sink in self._sinks.items():
+                sink(TokenEvent(request_id, finish_reason="error", error="the engine died"))
+            self._drain()
+
+    def _drain(self, wait: bool = False) -> None:
+        if wait:
+            self._inbox.get()()
+        with suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Which adapter answers: its version (None: the shared model) and itself if it was loaded, and why not another."""
+
+    version: Version | None = None
+    fallback: str = ""
+    adapter: FittedAdapter | None = None
+
+    @property
+    def adapter_id(self) -> str | None:
+        return f"{self.version.user_hash}/{self.version.version}" if self.version else None
+
+
+class _Refusal(Exception):
+    """An `Ask` that cannot be answered, as the event that says so."""
+
+    def __init__(self, status: int, code: str, message: str):
+        super().__init__(message)
+        self.event = Failed(status, code, message)
+
+
+class Replica:
+    """See the module's docstring.
+
+    Args:
+        base: The task base that the adapters stand on.
+        engine: Over that base; the replica owns it from now on.
+        name: Goes into every answer, to see which replica gave it.
+        measure: Called with the name of a metric, a value and further tags.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        base: Base,
+        vault: Vault,
+        engine: Engine,
+        name: str = "",
+        measure: Measure = measure_nothing,
+    ):
+        self.config, self.base, self.vault, self.name, self._measure = config, base, vault, name, measure
+        self.task = get_task(config.task)
+        self._stop_ids = stop_ids(base)
+        self._tokenize = plain_tokenizer(base.tokenizer)
+        self._pool = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="load")
+        self.loop = EngineLoop(engine, measure)
+
+    def close(self) -> None:
+        """End the threads; the vault stays open."""
+        self._pool.shutdown(cancel_futures=True)
+        self.loop.close()
+
+    async def forget(self, user_hash: str) -> None:
+        """Drop what the engine holds of a user: slots, cached prompts, requests under way."""
+        await asyncio.wrap_future(self.loop.call(self.loop.engine.forget, user_hash))
+
+    async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """The events of an answer: `Started`, `Delta`s (one, unless it streams), then `Finished`; or `Failed`."""
+        began = time.monotonic()
+        try:
+            async with aclosing(self._answer(ask, began)) as events:
+                async for event in events:
+                    yield event
+                return
+        except _Refusal as refusal:
+            failed = refusal.event
+        except TimeoutError:
+            failed = Failed(504, "deadline_exceeded", f"no answer within {ask.deadline_s:g} s")
+        except CorruptError as error:
+            logger.error("%s", error)
+            failed = Failed(500, "corrupt_history", "your stored history is damaged; the operator is told")
+        except RegistryError as error:
+            logger.error("%s", error)
+            failed = Failed(503, "registry_unavailable", "the registry cannot be reached; try again")
+        except ValueError as error:
+            failed = Failed(400, "bad_request", str(error))
+        except RuntimeError as error:
+            logger.error("request %s failed: %s", ask.request_id, type(error).__name__)
+            failed = Failed(503, "engine_failed", "the engine failed; try again")
+        self._measure("oppu_errors_total", 1, {"kind": failed.code})
+        yield failed
+
+    async def _answer(self, ask: Ask, began: float) -> AsyncGenerator[Event, None]:
+        deadline = began + ask.deadline_s
+        here = asyncio.get_running_loop()
+        arrived: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+        def sink(event: TokenEvent) -> None:
+            with suppress(RuntimeError):  # the event loop is closed: the process is about to end
+                here.call_soon_threadsafe(arrived.put_nowait, event)
+
+        prepared = here.run_in_executor(self._pool, self._prepare, ask)
+        request, items, chosen = await _within(deadline, prepared)
+        try:
+            chosen = await self._submit(request, chosen, sink, deadline)
+            version = chosen.version.version if chosen.version else None
+            load_s = time.monotonic() - began
+            yield Started(version, chosen.fallback, items, len(request.prompt_ids), load_s, self.name)
+            unsent: list[TokenEvent] = []
+            reason, first_token_s = None, 0.0
+            while reason is None:
+                unsent.append(await _within(deadline, arrived.get()))
+                while not arrived.empty():
+                    unsent.append(arrived.get_nowait())
+                reason = unsent[-1].finish_reason
+                if not first_token_s:
+                    first_token_s = time.monotonic() - began
+                    self._measure("oppu_first_token_seconds", first_token_s, {})
+                if reason == "error":
+                    raise _Refusal(503, "engine_failed", unsent[-1].error or "the engine failed")
+                if reason == "cancelled":
+                    raise _Refusal(409, "cancelled", "the user was forgotten")
+                if ask.stream or reason is not None:
+                    yield self._delta(unsent)
+                    unsent = []
+            yield Finished(reason, first_token_s, time.monotonic() - began)
+        finally:
+            self.loop.call(self.loop.engine.cancel, request.request_id)
+
+    async def _submit(self, request: Request, chosen: _Chosen, sink: Sink, deadline: float) -> _Chosen:
+        """Hand the request to the engine, loading its adapter if that is not resident; what answers it in the end."""
+        request = replace(request, adapter_id=chosen.adapter_id)
+        if await _within(deadline, asyncio.wrap_future(self.loop.call(self.loop.submit, request, None, sink))):
+            return chosen
+        load = asyncio.get_running_loop().run_in_executor(self._pool, self._load, request.user_id, chosen.fallback)
+        chosen = await _within(deadline, load)
+        request = replace(request, adapter_id=chosen.adapter_id)
+        await _within(deadline, asyncio.wrap_future(self.loop.call(self.loop.submit, request, chosen.adapter, sink)))
+        return chosen
+
+    def _prepare(self, ask: Ask) -> tuple[Request, tuple[tuple[str, str], ...], _Chosen]:
+        """The question in tokens, the user's own items in it, and which adapter should answer."""
+        config = self.config
+        items: tuple[tuple[str, str], ...] = ()
+        labels: tuple[tuple[int, ...], ...] = ()
+        num_new = ask.max_tokens or config.serve.max_new_tokens
+        start = first_tokens(self.base.tokenizer)
+        if isinstance(ask.question, Item):
+            labels = tuple(tuple(self._tokenize(" " + label)) for label in self.task.labels)
+            # A label is never cut short: it would be another one, or none.
+            num_new = max(map(len, labels)) + 1 if labels else ask.max_tokens or config.evaluate.max_new_tokens
+            prompt, items = self._remember(ask, ask.question)
+            room = config.personal.max_length - config.evaluate.max_new_tokens
+            ids = encode_prompt(prompt, self._tokenize, min(room, config.serve.max_length - num_new), start)
+        elif isinstance(ask.question, str):
+            ids = (*start, *self._tokenize(ask.question))
+        else:
+            ids = encode_chat(self.base.tokenizer, ask.question)
+        if len(ids) + num_new > config.serve.max_length:
+            message = f"{len(ids)} prompt tokens and {num_new} to generate: expected at most {config.serve.max_length}"
+            raise _Refusal(400, "context_length_exceeded", message)
+        request = Request(
+            request_id=ask.request_id,
+            prompt_ids=ids,
+            max_new_tokens=num_new,
+            stop_ids=self._stop_ids,
+            stop=ask.stop,
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            seed=ask.seed,
+            labels=labels,
+            num_logprobs=ask.num_logprobs,
+            user_id=ask.user_hash,
+        )
+        return request, items, self._choose(ask.user_hash) if ask.use_adapter else _Chosen()
+
+    def _remember(self, ask: Ask, question: Item) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
+        """The question as a prompt, and the (item id, line) pairs of the user's own items in it."""
+        task, config = self.task, self.config.task
+        prompt = make_prompt(task, question, config.prompt_order, config.max_input_words)
+        if not ask.top_k:
+            return prompt, ()
+        history = self.vault.read_history(UserHash(ask.user_hash))
+        lines = [memory_line(task, item) for item in history]
+        hits = make_retriever("bm25", lines).search(prompt.input, ask.top_k)
+        items = tuple((history[hit.index].item_id, lines[hit.index]) for hit in hits)
+        return replace(prompt, memory=tuple(line for _, line in items)), items
+
+    def _choose(self, user_hash: str) -> _Chosen:
+        """The user's current version, or the newest good one that stands on this base, or the shared model."""
+        version = self.vault.registry.current(user_hash)
+        if version is None:
+            return _Chosen(None, "no_adapter")
+        if version.base_fingerprint == self.base.fingerprint:
+            return _Chosen(version)
+        rows = self.vault.registry.versions(user_hash)
+        good = [row for row in rows if row.is_good and row.base_fingerprint == self.base.fingerprint]
+        return _Chosen(good[-1] if good else None, "other_base")
+
+    def _load(self, user_hash: str, fallback: str) -> _Chosen:
+        """Load and verify what `_choose` says. A corrupt version is quarantined, and the next best is taken."""
+        while (chosen := self._choose(user_hash)).version is not None:
+            fallback = fallback or chosen.fallback
+            user, version = UserHash(user_hash), chosen.version.version
+            try:
+                adapter, _ = self.vault.load(user, version, base_fingerprint=self.base.fingerprint)
+            except CorruptError:
+                fallback = "corrupt_version"
+                continue
+            except ValueError as error:
+                logger.error("%s", error)
+                raise _Refusal(503, "adapter_unavailable", "your adapter cannot be read now; try again") from error
+            try:
+                fitted = self.loop.engine.fit(adapter)
+            except ValueError as error:
+                logger.error("user %s: version %s does not fit the engine: %s", user_hash[:12], version, error)
+                return _Chosen(None, "does_not_fit")
+            self._measure("oppu_cold_loads_total", 1, {})
+            return replace(chosen, fallback=fallback, adapter=fitted)
+        return _Chosen(None, fallback or chosen.fallback)
+
+    def _delta(self, events: list[TokenEvent]) -> Delta:
+        """What some steps of the engine added to the answer."""
+        ids = [token for event in events for token in event.token_ids]
+        self._measure("oppu_generated_tokens_total", len(ids), {})
+        logprobs = tuple(
+            TokenLogprob(self._text(token), event.logprobs[place], self._alternatives(event, place))
+            for event in events
+            for place, token in enumerate(event.token_ids if event.logprobs else ())
+        )
+        return Delta("".join(event.text for event in events), len(ids), logprobs)
+
+    def _alternatives(self, event: TokenEvent, place: int) -> tuple[tuple[str, float], ...]:
+        top = event.top_logprobs[place] if event.top_logprobs else ()
+        return tuple((self._text(token), logprob) for token, logprob in top)
+
+    def _text(self, token: int) -> str:
+        return str(self.base.tokenizer.decode([token]))
+
+
+def make_engine(config: Config, base: Base) -> Engine:
+    """The engine of one replica, for adapters of the shape that the run trains."""
+    return Engine(
+        base.model,
+        config.serve.num_slots,
+        [config.personal.peft],
+        max_rows=config.serve.max_rows,
+        max_length=config.serve.max_length,
+        prefix_bytes=config.serve.prefix_bytes,
+        tokenizer=base.tokenizer,
+    )
+
+
+def encode_chat(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:
+    """A chat in the base's own template, every message as plain text: what a user types never becomes a control token.
+
+    Raises:
+        _Refusal: The base has no template, or its template refuses these roles.
+    """
+    if not tokenizer.chat_template:
+        raise _Refusal(400, "no_chat_template", "this base model has no chat template; use /v1/completions")
+    marks = [secrets.token_hex(16) for _ in turns]  # what no message can hold stands for the messages meanwhile
+    messages = [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template raises, it is about the order of roles
+        raise _Refusal(400, "bad_request", f"messages: the base's chat template refuses them: {error}") from error
+    ids: list[int] = []
+    for turn, mark in zip(turns, marks, strict=True):
+        before, found, text = text.partition(mark)
+        if not found:
+            raise _Refusal(400, "bad_request", f"messages: the base's chat template has no place for a {turn.role}'s")
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += plain_tokenizer(tokenizer)(turn.content)
+    return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+async def _within(deadline: float, awaitable: Awaitable[T]) -> T:
+    return await asyncio.wait_for(awaitable, deadline - time.monotonic())
