@@ -59,21 +59,21 @@ def train_shards(
             "them whole; expected lora or ia3"
         )
     telemetry = _start(config, run_id)
-    packs = {user_id: pack for shard in shards for unit in shard for pack in [set(unit[0])] for user_id in unit[0]}
-    ranks = {user_id: rank for rank, shard in enumerate(shards) for unit in shard for user_id in unit[0]}
-    num_left = len(packs)
+    packs = [(rank, set(unit[0])) for rank, shard in enumerate(shards) for unit in shard]
+    pack_of = {user_id: pack for pack in packs for user_id in pack[1]}
+    num_left = len(pack_of)
     job = {"task_base": str(task_base), "run_id": run_id, "shards": shards}
     for done in run_group(config, _train, job, progress, telemetry, should_stop):
-        pack, rank = packs[done.user_id], ranks[done.user_id]
-        if done.user_id not in pack:
+        rank, waiting = pack_of[done.user_id]
+        if done.user_id not in waiting:
             continue  # said before the group started again
         yield done
-        pack.remove(done.user_id)
+        waiting.remove(done.user_id)
         num_left -= 1
         telemetry.add("oppu_users_failed_total" if done.error else "oppu_users_done_total", worker=rank)
         telemetry.add("oppu_useful_tokens_total", 0 if done.error else done.num_tokens, rank)
         telemetry.set("oppu_users_left", num_left)
-        if not pack:
+        if not waiting:
             progress.pack_done()
             telemetry.add("oppu_packs_done_total", worker=rank)
 
@@ -163,7 +163,9 @@ def _fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], max_restar
     workers = config.workers
     use_gpu = workers.gpus_per_worker > 0
     gpus = {"GPU": workers.gpus_per_worker} if use_gpu else {}
-    threads = {} if workers.threads else {"OMP_NUM_THREADS": str(max(1, int(workers.cpus_per_worker)))}
+    environment = {"DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}
+    if not workers.threads:
+        environment["OMP_NUM_THREADS"] = str(max(1, int(workers.cpus_per_worker)))
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,
@@ -177,13 +179,13 @@ def _fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], max_restar
             name="group",
             storage_path=str(Path(config.run_dir).expanduser().resolve()),
             failure_config=FailureConfig(max_failures=max_restarts),
-            worker_runtime_env={"env_vars": threads},
+            worker_runtime_env={"env_vars": environment},
         ),
     )
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        last_lines = {rank: str(failure).strip().splitlines()[-1] for rank, failure in error.worker_failures.items()}
+        last_lines = {rank: str(failure).strip().rpartition("\n")[2] for rank, failure in error.worker_failures.items()}
         return "; ".join(f"rank {rank}: {line}" for rank, line in last_lines.items())
     return ""
 

@@ -6,8 +6,6 @@ same model, its weights gathered module by module for each pass (ZeRO-3), and gr
 The decision a reader would question: ranks agree before each pass, by one all-reduce of a flag, that somebody still has
 one, and those that have none make an empty pass. So ranks need neither as many users, nor steps, nor passes, and an
 error between passes (a user's bad data, a NaN) leaves nobody waiting.
-
-Shapes: C completion tokens.
 """
 
 from __future__ import annotations
@@ -78,9 +76,9 @@ class Group(Ranks):
         self, model: nn.Module, settings: dict[str, Any], device: torch.device, timeout_s: float, share_steps: bool
     ):
         self.rank, self.num_ranks = distributed.get_rank(), distributed.get_world_size()
-        self.model, self.settings, self.device, self.share_steps = model, settings, device, share_steps
+        self.settings, self.device, self.share_steps = settings, device, share_steps
         self.root: _Root | None = None
-        _start_deepspeed(device)
+        _start_deepspeed()
         if settings["zero_optimization"]["stage"] == 3:
             self.root = _shard(model, settings, device)
         else:
@@ -147,8 +145,7 @@ def _shard(model: nn.Module, settings: dict[str, Any], device: torch.device) -> 
     return root
 
 
-def _start_deepspeed(device: torch.device) -> None:
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+def _start_deepspeed() -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed
     from deepspeed.utils import logger

@@ -48,6 +48,7 @@ PACKS = {
     1: [[user(4, replace(LORA, alpha=float("inf"))), user(5)]],
 }
 TASK = user(8, DROPOUT)
+BROKEN = user(8, replace(LORA, alpha=float("inf")))
 
 
 def train_on_every_stage(job: dict[str, Any]) -> None:
@@ -73,10 +74,10 @@ def train_on_every_stage(job: dict[str, Any]) -> None:
             group.keep_company(bank)
     group.share_steps = True
     put("task", train_together(model, TASK, SMALL_PASSES, group))
-    put("kept", sum(p.ds_tensor.sum().item() for p in model.parameters()))
     for stage in (1, 2):
         model, group = group_of(stage, share_steps=True)
         put("task", train_together(model, TASK, SMALL_PASSES, group))
+        put("broken", train_together(model, BROKEN, SMALL_PASSES, group))
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,8 @@ def test_ranks_that_share_every_step_of_a_task_adapter_train_what_one_process_tr
         assert difference(task.adapter, alone.adapter) < 1e-5
         assert task.losses == pytest.approx(alone.losses, abs=1e-5)
         assert task.num_useful_tokens == alone.num_useful_tokens
+    for broken in values(outcome, "broken"):
+        assert broken.adapter is None and broken.error == "step 1: loss nan, gradient norm nan"
 
 
 STRATEGY = "task.strategy=title_to_abstract"
