@@ -24,7 +24,7 @@ class FaultyWorker(pool.RayWorker):
         super().__init__(config, task_base, run_id, number)
         folder, backward_step = Path(config["run_dir"]) / "faults", training.backward_step
 
-        def faulty(bank: Any, examples: Any, train_config: Any, step: int = 0) -> Any:
+        def faulty(bank: Any, examples: Any, train_config: Any, step: int, *rest: Any) -> Any:
             with open(folder / "steps", "a") as file:
                 file.write(f"{number}-{step}\n")
             fault = folder / f"{number}-{step}"
@@ -40,7 +40,7 @@ class FaultyWorker(pool.RayWorker):
                     until((folder / "go").exists)
                 else:
                     raise MemoryError
-            return backward_step(bank, examples, train_config, step)
+            return backward_step(bank, examples, train_config, step, *rest)
 
         training.backward_step = faulty
 
