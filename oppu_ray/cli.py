@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. personal.epochs=5")
     demo = commands.add_parser("demo", help="the whole line on embedded real chats")
     demo.add_argument("overrides", nargs="*", metavar="key=value")
-    bench = commands.add_parser("bench", help="training speed against the alternatives (from a checkout)")
-    bench.add_argument("what", choices=["train"])
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="see python -m jobs.bench_train --help")
+    bench = commands.add_parser("bench", help="speed against the alternatives (from a checkout)")
+    bench.add_argument("what", choices=["train", "serve"])
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="see python -m jobs.bench_train --help, or bench_serve")
     plan = commands.add_parser("plan", help="time, balance, disk and cost of a run, before it is run")
     plan.add_argument("--config", type=Path, help="plan a prepared run's users instead of simulated ones")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. users=1000000 workers=256")
@@ -70,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "bench":
-            return subprocess.call([sys.executable, "-m", "jobs.bench_train", *options.rest], cwd=DEMO.parents[2])
+            return subprocess.call(
+                [sys.executable, "-m", f"jobs.bench_{options.what}", *options.rest], cwd=DEMO.parents[2]
+            )
         if options.command in ("users", "token"):
             return users.main(options)
         if options.command == "serve":
