@@ -163,7 +163,7 @@ class UserDone:
     Args:
         version: None when it failed, and when this run had committed the user before.
         num_splits: How often the user's pack was halved to get it through; in bf16, other shapes round differently.
-        is_retryable: The failure was not the user's own doing: another try may well succeed.
+        is_retryable: The failure is not in the user's data: another try may succeed, or another machine.
     """
 
     user_id: str

@@ -54,6 +54,7 @@ class _Shard:
     actor: Any = None
     starting: Any = None
     started_at: float = 0.0
+    lost_at: float | None = None
     stream: Any = None
     unit: Work | None = None
 
@@ -152,6 +153,9 @@ class _Pool:
             if shard.starting is not None:
                 ray.get(shard.starting)
                 shard.starting = None
+                if shard.lost_at is not None:
+                    self.progress.recovery_s.append(time.monotonic() - shard.lost_at)
+                    shard.lost_at = None
                 return
             result = ray.get(next(shard.stream))
         except StopIteration:
@@ -193,6 +197,7 @@ class _Pool:
         logger.warning("worker %d is lost: %s", shard.number, reason)
         self.progress.recovered(f"worker {shard.number} is lost: {reason}")
         self._count(shard, "oppu_recoveries_total")
+        shard.lost_at = time.monotonic()
         if shard.unit is not None:
             shard.waiting.insert(0, shard.unit)
         self._drop(shard)
@@ -308,7 +313,8 @@ def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` or of this machine, or start one of this process's own."""
     if ray.is_initialized():
         return
-    private_token()
+    if not os.environ.get("RAY_ADDRESS"):
+        private_token()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     before = signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)

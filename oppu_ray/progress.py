@@ -41,6 +41,7 @@ class Progress:
     def __init__(self, bar: tqdm | None = None, path: Path | None = None, stage: str = "", num_packs: int = 0):
         self.num_tokens = self.num_done = self.num_failed = 0
         self.num_packs, self.num_packs_done, self.num_recoveries = num_packs, 0, 0
+        self.recovery_s: list[float] = []  # from the loss of a worker until its successor is up
         self._bar, self._path, self._stage = bar, path, stage
         self._started, self._start_time, self._written = time.monotonic(), time.time(), -STATUS_EVERY_S
 

@@ -163,6 +163,7 @@ def _train(config: Config) -> dict[str, Any]:
             "num_packs": num_packs,
             "num_split_users": num_split,
             "num_recoveries": progress.num_recoveries,
+            "recovery_s": progress.recovery_s,
             "shard_words": [sum(pack.num_words for pack in shard) for shard in shards],
             "num_tokens": num_tokens,
             "useful_tokens_per_s": num_tokens / elapsed,

@@ -167,7 +167,7 @@ class Worker:
         if reason is None:
             return
         if len(left) == 1:
-            yield _failed(left[0], reason)
+            yield _failed(left[0], reason, is_retryable=True)
             return
         logger.warning("a pack of %d users is halved: %s", len(left), reason)
         for half in (left[: len(left) // 2], left[len(left) // 2 :]):

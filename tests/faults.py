@@ -13,16 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oppu_ray import pool, training
+from oppu_ray import pool, training, workers
 from oppu_ray.cli import main
 
 
 class FaultyWorker(pool.RayWorker):
-    """A worker that notes its steps, and in front of a step does what the file `faults/<shard>-<step>` says."""
+    """A worker that notes its steps and whose histories it reads, and does what the file `faults/<shard>-<step>` says
+    in front of that step.
+    """
 
     def __init__(self, config: dict[str, Any], task_base: str, run_id: str, number: int):
         super().__init__(config, task_base, run_id, number)
-        folder, backward_step = Path(config["run_dir"]) / "faults", training.backward_step
+        folder = Path(config["run_dir"]) / "faults"
+        backward_step, read_users = training.backward_step, workers.read_users
 
         def faulty(bank: Any, examples: Any, train_config: Any, step: int, *rest: Any) -> Any:
             with open(folder / "steps", "a") as file:
@@ -42,7 +45,12 @@ class FaultyWorker(pool.RayWorker):
                     raise MemoryError
             return backward_step(bank, examples, train_config, step, *rest)
 
-        training.backward_step = faulty
+        def noted(prepared: Path, index: Any, user_ids: Any) -> Any:
+            with open(folder / f"{number}-reads", "a") as file:
+                file.writelines(f"{user_id}\n" for user_id in user_ids)
+            return read_users(prepared, index, user_ids)
+
+        training.backward_step, workers.read_users = faulty, noted
 
 
 def until(condition: Callable[[], Any], deadline_s: float = 120.0) -> Any:

@@ -144,8 +144,11 @@ def test_workers_killed_in_every_step_of_a_run(cluster: Cluster, run: Run, inlin
     for shard, step in ((0, 0), (0, 1), (1, 2), (1, 3)):
         run.fault(shard, step, "kill")
     assert run.train() == 0
-    assert check(run, inline)["num_recoveries"] == 4
+    trained = check(run, inline)
+    assert trained["num_recoveries"] == 4 and len(trained["recovery_s"]) == 4
     assert run.steps(0) == [0, 0, 1, 0, 1, 2, 3] and run.steps(1) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
+    read = [set((run.folder / "faults" / f"{shard}-reads").read_text().split()) for shard in (0, 1)]
+    assert read == [set(USERS[:2]), set(USERS[2:])]  # each worker its own shard's histories
     logs = [path.read_bytes() for path in cluster.folder.rglob("logs/*") if path.is_file()]
     assert logs and not any(CANARY.encode() in log for log in logs)
     exported = until(lambda: all_metrics(cluster), deadline_s=60)
@@ -244,6 +247,23 @@ def test_a_lost_node_with_no_room_elsewhere(
     monkeypatch.setattr(pool._Pool, "_check_head", lose_the_node)  # called in every turn of the driver's loop
     assert run.train("workers.cpus_per_worker=2") == 0
     assert check(run, inline)["num_recoveries"] == 1
+
+
+@pytest.mark.slow
+def test_the_whole_line_on_three_nodes(cluster: Cluster, run: Run, inline: Run, tmp_path: Path) -> None:
+    one_each = ("personal.max_users_per_pack=1", "evaluate.arms=[task, oppu]")
+    alone = tmp_path / "alone"
+    oppu("run", run.config, *one_each, f"run_dir={alone}")
+    nodes = [cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20) for _ in range(2)]
+    spread = ("workers.num_workers=3", "workers.cpus_per_worker=2")  # which fills a node, so that there is one on each
+    evaluated = oppu("run", run.config, *one_each, *spread)
+    assert len(list(run.folder.glob("faults/?-reads"))) == 3
+    assert evaluated["arms"] == json.loads((alone / "evaluate" / "result.json").read_text())["arms"]
+    other = tmp_path / "alone.yaml"
+    other.write_text(run.config.read_text().replace(str(run.folder), str(alone)))
+    assert adapters(run.config) == adapters(other)
+    for node in nodes:
+        cluster.remove_node(node)
 
 
 def test_a_cluster_without_a_head_ends_the_driver_and_the_run_goes_on_elsewhere(

@@ -273,6 +273,7 @@ def test_a_pack_that_does_not_get_through_is_halved_until_the_user_at_fault_fail
     done = {one.user_id: one for one in worker.train(USERS)}
     assert packs == [USERS, ("user-0",), ("user-1", "user-2"), ("user-1",), ("user-2",)]
     assert str(done["user-1"].error).startswith(f"user 'user-1': {reason}") and "secret" not in str(done)
+    assert done["user-1"].is_retryable
     assert [done[user_id].num_splits for user_id in ("user-0", "user-2")] == [1, 2]
     for user_id in ("user-0", "user-2"):
         assert difference(adapter(worker, user_id)[0], adapter(whole, user_id)[0]) < 1e-5  # other shapes, other bits
