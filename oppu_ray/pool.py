@@ -54,6 +54,7 @@ class _Shard:
     actor: Any = None
     starting: Any = None
     started_at: float = 0.0
+    is_doubted: bool = False
     lost_at: float | None = None
     stream: Any = None
     unit: Work | None = None
@@ -135,6 +136,8 @@ class _Pool:
         if shard.is_idle and not shard.waiting:
             self._adopt(shard)
         if shard.starting is not None and not shard.waiting:  # another actor has done it all
+            if shard.is_doubted:
+                self._lost(shard, "it did not answer, and others took over its packs")
             self._drop(shard)
         if shard.is_idle and shard.waiting:
             shard.unit = shard.waiting.pop(0)
@@ -190,6 +193,7 @@ class _Pool:
         if shard.unit is not None:
             shard.waiting.insert(0, shard.unit)
         shard.stream = shard.unit = None
+        shard.is_doubted = True
         shard.starting, shard.started_at = shard.actor.ready.remote(), time.monotonic()
 
     def _lost(self, shard: _Shard, reason: str) -> None:
@@ -206,6 +210,7 @@ class _Pool:
         if shard.actor is not None:
             ray.kill(shard.actor)
         shard.actor = shard.starting = shard.stream = shard.unit = None
+        shard.is_doubted = False
 
     def _halve(self, shard: _Shard) -> bool:
         """The pack that was running becomes two, if it can."""
