@@ -322,13 +322,14 @@ def located(config: Config) -> Config:
             )
         return str(root / place) if path else path
 
+    run_dir = absolute("run_dir", config.run_dir)
     data = dataclasses.replace(
         config.data,
         path=absolute("data.path", config.data.path),
         outputs_path=absolute("data.outputs_path", config.data.outputs_path),
     )
     vault = dataclasses.replace(config.vault, path=absolute("vault.path", config.vault.path))
-    return dataclasses.replace(config, run_dir=absolute("run_dir", config.run_dir), data=data, vault=vault)
+    return dataclasses.replace(config, run_dir=run_dir, data=data, vault=vault)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

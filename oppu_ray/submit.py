@@ -131,13 +131,12 @@ def submit(stage: str, path: Path, overrides: Sequence[str], address: str | None
     job_id = next(name for name in tries if name not in known or not known[name].is_terminal())
     if job_id not in known:
         arguments = [str(path.resolve()), *overrides, f"run_dir={config.run_dir}"]
-        client.submit_job(
+        environment = {"OPPU_ROOT": os.environ.get("OPPU_ROOT") or str(Path.cwd())}
+        _submit(
+            client,
             entrypoint=f"python -m jobs.{stage} {shlex.join(arguments)}",
             submission_id=job_id,
-            runtime_env={
-                "working_dir": str(Path.cwd()),
-                "env_vars": {"OPPU_ROOT": os.environ.get("OPPU_ROOT") or str(Path.cwd())},
-            },
+            runtime_env={"working_dir": str(Path.cwd()), "env_vars": environment},
         )
     print(f"job {job_id}", flush=True)
     if not wait:
@@ -150,6 +149,19 @@ def submit(stage: str, path: Path, overrides: Sequence[str], address: str | None
     if info.status == JobStatus.STOPPED:
         return 3
     return 0 if info.status == JobStatus.SUCCEEDED else info.driver_exit_code or 4
+
+
+def _submit(client: Any, **job: Any) -> None:
+    """Submit, with patience: a head that has just started answers before it has an agent that could start a job."""
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ValueError(f"the cluster refuses the job: {error}") from error
+            time.sleep(1.0)
 
 
 async def _follow(client: Any, job_id: str) -> None:

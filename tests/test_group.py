@@ -127,7 +127,7 @@ def test_ranks_that_share_every_step_of_a_task_adapter_train_what_one_process_tr
         assert task.losses == pytest.approx(alone.losses, abs=1e-5)
         assert task.num_useful_tokens == alone.num_useful_tokens
     for broken in values(outcome, "broken"):
-        assert broken.adapter is None and broken.error == "step 1: loss nan, gradient norm nan"
+        assert broken.adapter is None and broken.error.startswith("step 1: loss nan, gradient norm ")
 
 
 STRATEGY = "task.strategy=title_to_abstract"

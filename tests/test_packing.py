@@ -96,7 +96,7 @@ def test_a_tokenizers_own_first_token_stands_before_the_prompt() -> None:
     class WithStart:
         eos_token_id = TOKENIZER.eos_token_id
 
-        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: bool) -> dict[str, list[int]]:
             ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
             return {"input_ids": [TOKENIZER.bos_token_id, *ids] if add_special_tokens else ids}
 

@@ -16,7 +16,7 @@ from line_tools import oppu, tagging_user, write_config, write_users
 from peft import PeftModel
 from tiny import VOCAB_SIZE, tiny_base
 from transformers import AutoModelForCausalLM
-from vault_tools import make_adapter, make_manifest, tree
+from vault_tools import empty_postgres, make_adapter, make_manifest, tree
 
 from oppu_ray import refresh
 from oppu_ray.adapters import peft_from_dict
@@ -495,6 +495,7 @@ def test_a_sealed_run_shows_no_word_in_its_vault(made: Path, tmp_path: Path, use
 def test_a_vault_may_lie_elsewhere_with_its_registry_in_postgresql(
     made: Path, tmp_path: Path, users: Callable[..., Any], postgres_url: str
 ) -> None:
+    empty_postgres(postgres_url)
     vault = {"path": str(tmp_path / "shared"), "registry_url": postgres_url}
     config = write_config(tmp_path / "pg", made / "base", made / "users.jsonl", vault=vault)
     shutil.copytree(made / "run" / "adapt", tmp_path / "pg" / "run" / "adapt")
