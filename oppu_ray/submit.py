@@ -15,6 +15,7 @@ import os
 import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,6 +66,8 @@ def start_head(port: int, dashboard_port: int) -> str:
     binaries = Path(sys.executable).parent
     command = [str(binaries / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+    with socket.create_server(("127.0.0.1", 0)) as free:  # another Ray of this machine may have the usual one
+        command.append(f"--dashboard-agent-listen-port={free.getsockname()[1]}")
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]]),  # a job's `python` is the first one in it
