@@ -24,12 +24,12 @@ from flax import nnx
 from transformers import AutoConfig
 from tx.models.configs import ModelConfig
 from tx.models.llama3 import LlamaForCausalLM
-from tx.utils.models import load_safetensors, round_up_seq_len
+from tx.utils.models import get_dtype, load_safetensors, round_up_seq_len
 
 from .work import Row, Work, batches, print_result, read_work
 
 LOSS_CHUNK = 1024  # its default
-NOTE = "all in bf16; rows padded to its length buckets; every token goes through the LM head"
+NOTE = "adapters too in the base's precision; rows padded to its length buckets; every token goes through the LM head"
 ADAM = optax.scale_by_adam()
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def load_model(work: Work) -> Any:
-    """Its Llama with a LoRA slot per user, in bf16."""
+    """Its Llama with a LoRA slot per user, all in the base's own precision."""
     config = AutoConfig.from_pretrained(work.base)
     config.rope_theta = config.rope_parameters["rope_theta"]  # where it looks for it
     config = ModelConfig(
@@ -60,7 +60,7 @@ def load_model(work: Work) -> Any:
         shard_attention_heads=False,
         loss_chunk_size=LOSS_CHUNK,
     )
-    model = LlamaForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = LlamaForCausalLM(config, dtype=get_dtype(config.dtype), rngs=nnx.Rngs(0))
     load_safetensors(work.base, config, model)
     return model
 
@@ -75,8 +75,9 @@ def attach(model: Any, work: Work) -> tuple[Any, Any, Any]:
             continue
         for side in ("lora_A", "lora_B"):
             stacked = np.stack([user.start[peft_key((*path, side))].T for user in work.users])
-            getattr(module, side).value = jnp.asarray(stacked, jnp.bfloat16)
-        module.lora_scaling.value = jnp.full_like(module.lora_scaling.value, work.alpha / work.rank)
+            variable = getattr(module, side)
+            variable[...] = jnp.asarray(stacked, variable.dtype)
+        module.lora_scaling[...] = jnp.full_like(module.lora_scaling[...], work.alpha / work.rank)
     graph, lora, base = nnx.split(model, lambda path, _: peft_key(path) in work.users[0].start, ...)
     return graph, lora, base
 
@@ -86,14 +87,20 @@ def peft_key(path: tuple[Any, ...]) -> str:
 
 
 def compile_all(gradients: Any, lora: Any, base: Any, work: Work) -> None:
-    """Run one batch of every shape, and one update, and forget them."""
-    zeros = jax.tree.map(jnp.zeros_like, lora)
+    """Run one batch of every shape, and updates at rate 0, and forget them.
+
+    Each twice: what a jitted function returned may be placed otherwise than what it was first given, and that compiles
+    anew.
+    """
+    moments, rates = ADAM.init(lora), jnp.zeros(len(work.users))
     steps = range(max(len(user.steps) for user in work.users))
     shapes = {arrays[0].shape: arrays for step in steps for arrays in map(to_arrays, batches(work.users, step))}
-    for arrays in shapes.values():
-        jax.block_until_ready(gradients(zeros, lora, base, *arrays))
-    rates = jnp.zeros(len(work.users))
-    jax.block_until_ready(update(lora, ADAM.init(lora), zeros, rates, work.clip_norm, work.weight_decay))
+    for _ in range(2):
+        sums = jax.tree.map(jnp.zeros_like, lora)
+        for arrays in [*shapes.values(), *shapes.values()]:
+            sums = gradients(sums, lora, base, *arrays)[0]
+        lora, moments = update(lora, moments, sums, rates, work.clip_norm, work.weight_decay)
+    jax.block_until_ready(lora)
 
 
 def train(gradients: Any, lora: Any, base: Any, work: Work) -> dict[str, float]:
@@ -140,6 +147,8 @@ def add_gradients(
 
     def loss(lora: Any) -> tuple[Any, Any]:
         model = nnx.merge(graph, lora, base)
+        if model.config.tie_word_embeddings:  # its head would be the first model's embedding, a constant to XLA
+            model.lm_head = model.model.embed_tokens.T
         hidden = model(ids_BT, attention_mask=mask_BT, adapter_indices=slots_B).last_hidden_state
         nll_B = -(model.compute_logprobs(hidden, targets_BT, slots_B) * weights_BT).sum(1)
         return nll_B.sum(), nll_B
