@@ -3,9 +3,10 @@
     python -m jobs.bench_train jobs/configs/movie_tagging.yaml data.path=users.jsonl.gz --users 32 --steps 2 --repeats 3
 
 Systems: `peft_sequential` (HF PEFT user by user, as the paper's loop; `bookkeeping_s` apart), `peft_mixed` (one PEFT
-model with all adapters, `adapter_names` per row, eval mode), `ours_unshared` (no prefix sharing), `ours`, and
-`ours_one_user` (for memory). The floor is 4 P FLOP per useful token, P the parameters in matrix products, at the best
-matrix product that this machine reaches in the same run. Useful tokens count what a user's step shares once.
+model with all adapters, `adapter_names` per row, eval mode), `mlora` and `skyrl_tx` (`jobs/peers/`, on CPU, where an
+interpreter that has them is given), `ours_unshared` (no prefix sharing), `ours`, and `ours_one_user` (for memory). The
+floor is 4 P FLOP per useful token, P the parameters in matrix products, at the best matrix product that this machine
+reaches in the same run. Useful tokens count what a user's step shares once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("peft_sequential", "peft_mixed", "ours_unshared", "ours", "ours_one_user")
+PEERS = {"mlora": "jobs.peers.mlora", "skyrl_tx": "jobs.peers.tx"}
+INSTALL = {
+    "mlora": """mlora left out: give --mlora-python PATH or OPPU_MLORA_PYTHON, an interpreter made by
+    python3.12 -m venv mlora && mlora/bin/pip install torch==2.13.0 'transformers>=5.19,<6' tensorboard safetensors
+    mlora/bin/pip install --no-deps git+https://github.com/TUDB-Labs/mLoRA""",
+    "skyrl_tx": """skyrl_tx left out: give --tx-python PATH or OPPU_TX_PYTHON, an interpreter made by
+    python3.11 -m venv tx && tx/bin/pip install torch==2.13.0 && tx/bin/pip install --no-deps skyrl-tx==0.3.0
+    tx/bin/pip install jax flax optax peft cloudpathlib rich pydantic 'transformers>=4.56.1,<5'""",
+}
+SYSTEMS = ("peft_sequential", "peft_mixed", *PEERS, "ours_unshared", "ours", "ours_one_user")
 MIXED_ROWS = 32
 
 
@@ -37,6 +47,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--mlora-python", default=os.environ.get("OPPU_MLORA_PYTHON"), help="interpreter with mLoRA")
+    parser.add_argument("--tx-python", default=os.environ.get("OPPU_TX_PYTHON"), help="interpreter with SkyRL-tx")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/train.json"))
     parser.add_argument("--run", nargs=2, metavar=("SYSTEM", "WORK"), help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
@@ -53,20 +65,24 @@ def compare(options: argparse.Namespace) -> int:
     from oppu_ray.stages import hardware
 
     config = load_config(options.config, [*options.overrides, f"base.device={options.device}"])
-    runs: dict[str, list[dict[str, Any]]] = {system: [] for system in options.systems}
+    on_cpu = options.device == "cpu"
+    interpreters = {"mlora": options.mlora_python, "skyrl_tx": options.tx_python}
+    missing = [system for system in options.systems if system in PEERS and not (interpreters[system] and on_cpu)]
+    runs: dict[str, list[dict[str, Any]]] = {system: [] for system in options.systems if system not in missing}
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder) / "work.json"
-        work.write_text(json.dumps(make_work(config, options.users, options.steps)))
+        work_path = Path(folder) / "work.json"
+        work = make_work(config, options.users, options.steps, Path(folder))
+        work_path.write_text(json.dumps(work))
         for repeat in range(options.repeats):
-            for system in options.systems:
-                command = [sys.executable, "-m", "jobs.bench_train", str(options.config), "--run", system, str(work)]
-                answer = subprocess.run(command, check=True, capture_output=True, text=True)
-                runs[system].append(json.loads(answer.stdout.splitlines()[-1]))
+            for system in runs:
+                run = [sys.executable, "-m", "jobs.bench_train", str(options.config), "--run", system, str(work_path)]
+                if system in PEERS:
+                    run = [interpreters[system], "-m", PEERS[system], str(work_path)]
+                runs[system].append(run_process(run))
                 print(f"{repeat + 1}/{options.repeats} {system}: {runs[system][-1]['elapsed_s']:.1f} s", flush=True)
     flops = best_product(options.device)
-    rows = {system: summarise_runs(results) for system, results in runs.items()}
-    some = next(iter(rows.values()))
-    floor = flops / (4 * some["num_matrix_parameters"])
+    rows = {system: summarise_runs(results, work["users"]) for system, results in runs.items()}
+    floor = flops / (4 * work["num_matrix_parameters"])
     for row in rows.values():
         row["floor_share"] = row["useful_tokens_per_s"] / floor
     result = {
@@ -81,38 +97,76 @@ def compare(options: argparse.Namespace) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out, json.dumps(result, indent=1).encode())
     print(table(result))
+    for system in missing:
+        print(INSTALL[system])
     return 0
 
 
-def make_work(config: Any, num_users: int, num_steps: int) -> dict[str, Any]:
-    """The most active targets' first steps, tokenised, and what each system needs to train them."""
+def run_process(command: list[str]) -> dict[str, Any]:
+    """What the command prints last, as JSON.
+
+    Raises:
+        RuntimeError: It failed; with the end of its own error text.
+    """
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {answer.returncode}:\n{answer.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return result
+
+
+def make_work(config: Any, num_users: int, num_steps: int, folder: Path) -> dict[str, Any]:
+    """The most active targets' first steps, tokenised, and what each system needs to train them.
+
+    Starting weights go to `folder` as safetensors, for the systems that cannot make ours from a seed.
+    """
+    import torch
+    from safetensors.numpy import save_file
+
     from oppu_ray.base_model import load_base, prepare_base
     from oppu_ray.config import to_dict
     from oppu_ray.history import load_histories
-    from oppu_ray.packing import plan_user
+    from oppu_ray.packing import make_rows, plan_user
+    from oppu_ray.training import learning_rate
     from oppu_ray.workers import encode_user, user_seed
 
     users, _ = load_histories(config.data, config.task, config.seed)
     chosen = sorted((u for u in users if u.role == "target"), key=lambda u: (-len(u.items), u.user_id))[:num_users]
     base = load_base(config.base)
-    works = []
+    works: list[dict[str, Any]] = []
     for user in chosen:
         seed = user_seed(config.seed, user.user_id)
         planned = plan_user(user.user_id, seed, encode_user(config, user, base), config.personal)
-        steps = [[[list(e.input_ids), e.num_prompt] for e in step] for step in planned.steps[:num_steps]]
-        works.append({"user_id": user.user_id, "seed": seed, "steps": steps})
-    return {"config": to_dict(config), "base": str(prepare_base(config.base)), "users": works}
+        steps = planned.steps[:num_steps]
+        start = folder / f"start-{len(works)}.safetensors"
+        save_file(starting_adapter(base.model, planned).tensors, start)
+        works.append(
+            {
+                "user_id": user.user_id,
+                "seed": seed,
+                "steps": [[[list(e.input_ids), e.num_prompt] for e in step] for step in steps],
+                "rates": [learning_rate(config.personal, step, len(steps)) for step in range(len(steps))],
+                "start": str(start),
+                "num_useful_tokens": sum(row.num_tokens for step in steps for row in make_rows(0, step, 10**9)),
+            }
+        )
+    linears = [module for module in base.model.modules() if isinstance(module, torch.nn.Linear)]
+    return {
+        "config": to_dict(config),
+        "base": str(prepare_base(config.base)),
+        "users": works,
+        "num_matrix_parameters": sum(linear.weight.numel() for linear in linears),
+    }
 
 
 def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
-    """One system in this process: seconds of training alone, last losses, tokens, peak bytes."""
+    """One system in this process: seconds of training alone, last losses, peak bytes."""
     import torch
 
     from oppu_ray.base_model import load_base
     from oppu_ray.config import from_dict
     from oppu_ray.core import Example, UserWork
     from oppu_ray.kernels import keep_freed_memory
-    from oppu_ray.packing import make_rows
     from oppu_ray.workers import open_base
 
     keep_freed_memory()
@@ -134,21 +188,10 @@ def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     losses, bookkeeping_s = train(system, base.model, users, config.personal)
     elapsed = time.perf_counter() - started
-    useful = sum(row.num_tokens for u in users for step in u.steps for row in make_rows(0, step, 10**9))
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if config.base.device != "cpu":
         peak = torch.cuda.max_memory_allocated()
-    linears = [m for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and "lora" not in n]
-    return {
-        "elapsed_s": elapsed,
-        "bookkeeping_s": bookkeeping_s,
-        "num_users": len(users),
-        "losses": losses,
-        "num_useful_tokens": useful,
-        "num_user_steps": sum(len(u.steps) for u in users),
-        "peak_bytes": peak,
-        "num_matrix_parameters": sum(linear.weight.numel() for linear in linears),
-    }
+    return {"elapsed_s": elapsed, "bookkeeping_s": bookkeeping_s, "losses": losses, "peak_bytes": peak}
 
 
 def ours(system: str, model: Any, users: Sequence[Any], config: Any) -> tuple[dict[str, float], float]:
@@ -208,19 +251,25 @@ def peft_mixed(system: str, model: Any, users: Sequence[Any], config: Any) -> tu
     return losses, bookkeeping_s + time.perf_counter() - started
 
 
+def starting_adapter(model: Any, user: Any) -> Any:
+    """The weights with which our bank starts this user, in PEFT's keys."""
+    from oppu_ray.adapters import AdapterBank
+
+    bank = AdapterBank(model, 1, [user.peft], trainable=True)
+    bank.start(0, user.peft, user.seed)
+    state = bank.export(0)
+    bank.remove()
+    return state
+
+
 def attach(model: Any, users: Sequence[Any]) -> Any:
     """PEFT adapters with the very starting weights that our bank gives these users."""
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    from oppu_ray.adapters import AdapterBank, peft_dict
+    from oppu_ray.adapters import peft_dict
 
-    states = []
-    for user in users:
-        bank = AdapterBank(model, 1, [user.peft], trainable=True)
-        bank.start(0, user.peft, user.seed)
-        states.append(bank.export(0))
-        bank.remove()
+    states = [starting_adapter(model, user) for user in users]
     shape = {key: value for key, value in peft_dict(users[0].peft).items() if key != "peft_type"}
     wrapped = get_peft_model(model, LoraConfig(**shape, task_type="CAUSAL_LM"), adapter_name="u0")
     for i in range(1, len(users)):
@@ -298,39 +347,41 @@ def _median_seconds(function: Callable[[], Any]) -> float:
     return statistics.median(seconds[3:])
 
 
-def summarise_runs(results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise_runs(results: list[dict[str, Any]], users: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A system's row: medians of its runs over those of the work file's `users` that it trained."""
     elapsed = statistics.median(result["elapsed_s"] for result in results)
     bookkeeping = statistics.median(result["bookkeeping_s"] for result in results)
-    first = results[0]
+    losses = results[0]["losses"]
+    trained = [user for user in users if user["user_id"] in losses]
+    tokens = sum(user["num_useful_tokens"] for user in trained)
     return {
         "elapsed_s": elapsed,
         "bookkeeping_s": bookkeeping,
-        "users_per_hour": 3600 * first["num_users"] / elapsed,
-        "users_per_hour_no_bookkeeping": 3600 * first["num_users"] / (elapsed - bookkeeping),
-        "useful_tokens_per_s": first["num_useful_tokens"] / elapsed,
-        "tokens_per_user_step": first["num_useful_tokens"] / first["num_user_steps"],
+        "users_per_hour": 3600 * len(trained) / elapsed,
+        "users_per_hour_no_bookkeeping": 3600 * len(trained) / (elapsed - bookkeeping),
+        "useful_tokens_per_s": tokens / elapsed,
+        "tokens_per_user_step": tokens / sum(len(user["steps"]) for user in trained),
         "peak_bytes": max(result["peak_bytes"] for result in results),
-        "last_loss": statistics.fmean(first["losses"].values()),
-        "losses": first["losses"],
-        "num_matrix_parameters": first["num_matrix_parameters"],
+        "last_loss": statistics.fmean(losses.values()),
+        "losses": losses,
+        "note": results[0].get("note", ""),
     }
 
 
 def ratios(rows: dict[str, Any]) -> dict[str, float]:
-    found = {}
-    ours_rate = rows["ours"]["users_per_hour"] if "ours" in rows else 0.0
-    if "peft_sequential" in rows:
-        found["ours_vs_peft_sequential"] = ours_rate / rows["peft_sequential"]["users_per_hour_no_bookkeeping"]
-        theirs = rows["peft_sequential"]["losses"]
-        found["largest_loss_difference"] = max(
-            abs(rows["ours"]["losses"][user] - loss) for user, loss in theirs.items()
-        )
-    for peer in ("peft_mixed", "ours_unshared"):
-        if peer in rows:
-            found[f"ours_vs_{peer}"] = ours_rate / rows[peer]["users_per_hour_no_bookkeeping"]
+    """Ours over each other system, without the other's bookkeeping; nothing where our own row is missing."""
+    if "ours" not in rows:
+        return {}
+    mine, found = rows["ours"], {}
+    for system in ("peft_sequential", "peft_mixed", *PEERS, "ours_unshared"):
+        if system in rows:
+            found[f"ours_vs_{system}"] = mine["users_per_hour"] / rows[system]["users_per_hour_no_bookkeeping"]
+            found[f"loss_difference_{system}"] = max(
+                abs(mine["losses"][user] - loss) for user, loss in rows[system]["losses"].items()
+            )
     if "ours_one_user" in rows:
-        found["memory_vs_one_user"] = rows["ours"]["peak_bytes"] / rows["ours_one_user"]["peak_bytes"]
-    found["floor_share"] = rows["ours"]["floor_share"] if "ours" in rows else 0.0
+        found["memory_vs_one_user"] = mine["peak_bytes"] / rows["ours_one_user"]["peak_bytes"]
+    found["floor_share"] = mine["floor_share"]
     return found
 
 
@@ -342,6 +393,7 @@ def table(result: dict[str, Any]) -> str:
             f"{row['peak_bytes'] / 1e9:>9.2f}{row['last_loss']:>11.4f}"
         )
     tokens = next(iter(result["rows"].values()))["tokens_per_user_step"]
+    lines += [f"{system}: {row['note']}" for system, row in result["rows"].items() if row["note"]]
     lines.append(f"{tokens:.0f} useful tokens per user-step; floor {result['floor_tokens_per_s']:.0f} tokens/s")
     return "\n".join([*lines, *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())])
 

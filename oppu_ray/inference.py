@@ -64,7 +64,7 @@ class _Answering:
 
 
 class Engine:
-    """Greedy generation and scoring over a bank of adapters.
+    """Answers and scores over a bank of adapters.
 
     Args:
         model: A frozen Hugging Face causal LM.
@@ -471,12 +471,16 @@ class Engine:
         return [Answer(request.request_id, tuple(tokens[request.request_id])) for request in requests]
 
     def warm_up(self) -> None:
-        """Compile the kernels of one row and of several for every kind of adapter, before anything is loaded."""
+        """Compile the kernels of one row and of several, for the base and every kind, before anything is loaded."""
+        self._answer_some(None)
         for peft in self._pefts:
             self.bank.start(0, peft, seed=0)
             adapter = self.bank.export(0)
             self.bank.vacate(0)
             self.load("warm-up", adapter)
-            for num in (1, 3):
-                self.generate([Request(str(i), (0, 1, 2), "warm-up", 2) for i in range(num)], frozenset())
+            self._answer_some("warm-up")
             self.unload_all()
+
+    def _answer_some(self, adapter_id: str | None) -> None:
+        for num in (1, 3):
+            self.generate([Request(str(i), (0, 1, 2), adapter_id, 2) for i in range(num)], frozenset())

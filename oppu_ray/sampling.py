@@ -20,7 +20,7 @@ from torch import Tensor
 
 from oppu_ray.core import Request
 
-MOST_LIKELY = 1024  # a top-p set is first looked for among these: sorting all of V takes 20 times as long
+MOST_LIKELY = 1024  # a top-p set is first looked for among these: sorting all of 49,152 takes 2 ms a row
 
 
 @dataclass(frozen=True)

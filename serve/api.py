@@ -26,10 +26,9 @@ from oppu_ray.core import Item
 from oppu_ray.registry import Token
 from oppu_ray.tasks import Task, get_task, task_name
 from serve.guard import RETRY_AFTER_S, error, error_body, signed_in
-from serve.messages import Ask, Delta, Event, Failed, Finished, Started, TokenLogprob, Turn
+from serve.messages import MAX_TOP_K, Ask, Delta, Event, Failed, Finished, Started, TokenLogprob, Turn
 
 DEFAULT_TOP_K = 4
-MAX_TOP_K = 32
 
 router = APIRouter(prefix="/v1", tags=["answers"])
 User = Annotated[Token, Depends(signed_in("user"))]
@@ -232,7 +231,7 @@ def _item(task: Task, question: str | TaskInput) -> Item:
         values = {field: [question] if field in ("context", "options") else question}
         question = TaskInput.model_validate(values)
     context, options = tuple(question.context), tuple(question.options)
-    item = Item("question", text=question.text, keywords=question.keywords, context=context, options=options)
+    item = Item("", text=question.text, keywords=question.keywords, context=context, options=options)
     if missing := [field for field, _ in task.inputs if not "".join(getattr(item, field) or "").strip()]:
         raise error(400, "bad_request", f"input.{missing[0]}: {task.name} needs it, and it is empty")
     return item

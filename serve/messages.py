@@ -13,6 +13,8 @@ from typing import Protocol
 from oppu_ray.core import Item
 from oppu_ray.vault import Vault
 
+MAX_TOP_K = 32
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -14,6 +14,7 @@ import queue
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -23,15 +24,15 @@ from typing import Any, TypeVar
 from oppu_ray.adapters import FittedAdapter
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
-from oppu_ray.core import Item, Prompt, Request, TokenEvent
+from oppu_ray.core import Item, Prompt, Request, TokenEvent, UserHistory
 from oppu_ray.evaluation import stop_ids
 from oppu_ray.inference import Engine
+from oppu_ray.memory import Memories
 from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.registry import RegistryError, UserHash, Version
-from oppu_ray.retrieval import make_retriever
 from oppu_ray.tasks import get_task, make_prompt, memory_line
 from oppu_ray.vault import CorruptError, Vault
-from serve.messages import Ask, Delta, Event, Failed, Finished, Started, TokenLogprob, Turn
+from serve.messages import MAX_TOP_K, Ask, Delta, Event, Failed, Finished, Started, TokenLogprob, Turn
 
 STALL_S = 120.0
 """A step that takes longer has hung: the slowest sane one, 2,048 prompt tokens on one core, takes seconds."""
@@ -186,6 +187,9 @@ class Replica:
         self.task = get_task(config.task)
         self._stop_ids = stop_ids(base)
         self._tokenize = plain_tokenizer(base.tokenizer)
+        memory = replace(config.memory, top_k=MAX_TOP_K)  # the best k are the first k of these
+        self._memories = Memories(replace(config, memory=memory), vault, generate=lambda prompts: ())
+        self._num_forgotten: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="load")
         self.loop = EngineLoop(engine, measure)
 
@@ -196,7 +200,11 @@ class Replica:
 
     async def forget(self, user_hash: str) -> None:
         """Drop what the engine holds of a user: slots, cached prompts, requests under way."""
-        await asyncio.wrap_future(self.loop.call(self.loop.engine.forget, user_hash))
+        self._num_forgotten[user_hash] += 1  # stops requests that have read something and not yet handed it over
+        await self._call(self.loop.engine.forget, user_hash)
+
+    def _call(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
+        return asyncio.wrap_future(self.loop.call(function, *args))
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """The events of an answer: `Started`, `Delta`s (one, unless it streams), then `Finished`; or `Failed`."""
@@ -233,10 +241,19 @@ class Replica:
             with suppress(RuntimeError):  # the event loop is closed: the process is about to end
                 here.call_soon_threadsafe(arrived.put_nowait, event)
 
+        num_forgotten = self._num_forgotten[ask.user_hash]
+
+        async def hand_over(request: Request, adapter: FittedAdapter | None = None) -> bool:
+            if self._num_forgotten[ask.user_hash] != num_forgotten:
+                raise _Refusal(409, "cancelled", "the user was forgotten")
+            return await _within(deadline, self._call(self.loop.submit, request, adapter, sink))
+
         prepared = here.run_in_executor(self._pool, self._prepare, ask)
         request, items, chosen = await _within(deadline, prepared)
         try:
-            chosen = await self._submit(request, chosen, sink, deadline)
+            if not await hand_over(replace(request, adapter_id=chosen.adapter_id)):
+                chosen = await _within(deadline, here.run_in_executor(self._pool, self._load, ask.user_hash))
+                await hand_over(replace(request, adapter_id=chosen.adapter_id), chosen.adapter)
             version = chosen.version.version if chosen.version else None
             load_s = time.monotonic() - began
             yield Started(version, chosen.fallback, items, len(request.prompt_ids), load_s, self.name)
@@ -261,17 +278,6 @@ class Replica:
         finally:
             self.loop.call(self.loop.engine.cancel, request.request_id)
 
-    async def _submit(self, request: Request, chosen: _Chosen, sink: Sink, deadline: float) -> _Chosen:
-        """Hand the request to the engine, loading its adapter if that is not resident; what answers it in the end."""
-        request = replace(request, adapter_id=chosen.adapter_id)
-        if await _within(deadline, asyncio.wrap_future(self.loop.call(self.loop.submit, request, None, sink))):
-            return chosen
-        load = asyncio.get_running_loop().run_in_executor(self._pool, self._load, request.user_id, chosen.fallback)
-        chosen = await _within(deadline, load)
-        request = replace(request, adapter_id=chosen.adapter_id)
-        await _within(deadline, asyncio.wrap_future(self.loop.call(self.loop.submit, request, chosen.adapter, sink)))
-        return chosen
-
     def _prepare(self, ask: Ask) -> tuple[Request, tuple[tuple[str, str], ...], _Chosen]:
         """The question in tokens, the user's own items in it, and which adapter should answer."""
         config = self.config
@@ -285,6 +291,7 @@ class Replica:
             num_new = max(map(len, labels)) + 1 if labels else ask.max_tokens or config.evaluate.max_new_tokens
             prompt, items = self._remember(ask, ask.question)
             room = config.personal.max_length - config.evaluate.max_new_tokens
+            room += config.memory.max_tokens if items else 0
             ids = encode_prompt(prompt, self._tokenize, min(room, config.serve.max_length - num_new), start)
         elif isinstance(ask.question, str):
             ids = (*start, *self._tokenize(ask.question))
@@ -309,15 +316,16 @@ class Replica:
         return request, items, self._choose(ask.user_hash) if ask.use_adapter else _Chosen()
 
     def _remember(self, ask: Ask, question: Item) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
-        """The question as a prompt, and the (item id, line) pairs of the user's own items in it."""
-        task, config = self.task, self.config.task
-        prompt = make_prompt(task, question, config.prompt_order, config.max_input_words)
-        if not ask.top_k:
-            return prompt, ()
-        history = self.vault.read_history(UserHash(ask.user_hash))
-        lines = [memory_line(task, item) for item in history]
-        hits = make_retriever("bm25", lines).search(prompt.input, ask.top_k)
-        items = tuple((history[hit.index].item_id, lines[hit.index]) for hit in hits)
+        """The question as a prompt, as in training, and the (item id, line) pairs of the user's own items in it."""
+        task, config = self.task, self.config
+        max_words = config.task.max_input_words if config.memory.same_construction else 0
+        prompt = make_prompt(task, question, config.task.prompt_order, max_words)
+        user_hash = UserHash(ask.user_hash)
+        history = self.vault.read_history(user_hash) if ask.top_k else ()
+        memory = self._memories.open(UserHistory(user_hash, "target", history)) if history else None
+        hits = memory.search(prompt, question.item_id)[: ask.top_k] if memory else ()
+        found = [history[hit.index] for hit in hits]
+        items = tuple((item.item_id, memory_line(task, item, config.memory.max_words)) for item in found)
         return replace(prompt, memory=tuple(line for _, line in items)), items
 
     def _choose(self, user_hash: str) -> _Chosen:
@@ -331,8 +339,9 @@ class Replica:
         good = [row for row in rows if row.is_good and row.base_fingerprint == self.base.fingerprint]
         return _Chosen(good[-1] if good else None, "other_base")
 
-    def _load(self, user_hash: str, fallback: str) -> _Chosen:
+    def _load(self, user_hash: str) -> _Chosen:
         """Load and verify what `_choose` says. A corrupt version is quarantined, and the next best is taken."""
+        fallback = ""
         while (chosen := self._choose(user_hash)).version is not None:
             fallback = fallback or chosen.fallback
             user, version = UserHash(user_hash), chosen.version.version

@@ -96,6 +96,13 @@ def test_a_written_out_layer_decodes_as_hugging_face(name: str | None) -> None:
     assert made.token_ids == greedy_alone(alone, PROMPT_IDS, 10, frozenset())
 
 
+def test_warming_up_leaves_no_trace() -> None:
+    engine = Engine(tiny_model(), 2, PEFTS.values())
+    engine.warm_up()
+    assert not engine.slots.keys() and not engine.has_work and not engine.cache.layers.any()
+    assert engine.bank.peft == [None, None]
+
+
 def test_nobody_waits_for_a_long_prompt() -> None:
     """While 200 tokens are read 10 at a time, a row being answered gets a token at every step."""
     engine = make_engine(max_tokens_per_pass=10)
@@ -207,6 +214,18 @@ def test_an_unknown_adapter_costs_nobody_a_slot_and_a_loaded_one_is_shared() -> 
     engine.submit(Request("c", PROMPT_IDS, "v1", 2, user_id="cleo"), cleo)
     drain(engine)
     assert engine.slots.keys() == [("ann", "v1"), ("cleo", "v1")]  # bob was the least recently used
+
+
+def test_an_adapter_in_use_keeps_its_slot() -> None:
+    """Ann's is the least recently used one when cleo comes, but she is still being answered."""
+    engine = Engine(tiny_model(), 2, [LORA], max_rows=2)
+    ann, *others = (random_adapter(LORA, seed) for seed in range(4))
+    engine.submit(Request("ann", PROMPT_IDS, "v", 20, user_id="ann"), engine.fit(ann))
+    for i, other in enumerate(others):
+        engine.submit(Request(f"other{i}", PROMPT_IDS, "v", 2, user_id=f"other{i}"), engine.fit(other))
+    events = drain(engine)
+    assert tokens(events["ann"]) == greedy_alone(peft_model(ann), PROMPT_IDS, 20, frozenset())
+    assert engine.slots.keys() == [("ann", "v"), ("other2", "v")]
 
 
 def test_an_adapter_given_away_while_its_request_waits_is_put_back() -> None:

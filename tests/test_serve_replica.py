@@ -272,6 +272,33 @@ def test_a_request_the_engine_refuses_leaves_the_others_alone(replica: Replica) 
     assert answer(replica)[1]
 
 
+def test_an_adapter_that_was_being_loaded_when_its_user_was_forgotten_never_gets_a_slot(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(replica, "ann")
+    ann, load = str(replica.vault.user_hash("ann")), replica.vault.load
+    loading, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any, **more: Any) -> Any:
+        loaded = load(*args, **more)
+        loading.set()
+        assert go_on.wait(10)
+        return loaded
+
+    monkeypatch.setattr(replica.vault, "load", slow)
+
+    async def run() -> list[Event]:
+        asking = asyncio.create_task(events_of(replica, question(replica)))
+        await asyncio.to_thread(loading.wait, 10)
+        await replica.forget(ann)
+        go_on.set()
+        return await asking
+
+    (failed,) = asyncio.run(run())
+    assert isinstance(failed, Failed) and failed.code == "cancelled"
+    assert not fake(replica).resident and not fake(replica).active
+
+
 def test_forgetting_cancels_and_empties_the_slot(replica: Replica) -> None:
     commit(replica, "ann")
     answer(replica)
