@@ -355,8 +355,7 @@ def attend(
         return decode_attention(q_THD, k_THD, v_THD, plan, layer, scaling, window)[None], None
     out_THD = _SegmentAttention.apply(q_THD, k_THD, v_THD, plan, scaling, window)
     if plan.fill is not None:
-        plan.fill.store(layer, k_THD, v_THD)
-        plan.fill.attend_resumed(layer, q_THD, out_THD, scaling, window)
+        plan.fill.apply(layer, q_THD, k_THD, v_THD, out_THD, scaling, window)
     return out_THD[None], None
 
 

@@ -26,7 +26,7 @@ from ray.util.queue import Empty, Queue
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config, from_dict, to_dict
 from oppu_ray.core import TrainResult, UserDone
-from oppu_ray.pool import connect
+from oppu_ray.pool import connect, thread_environment
 from oppu_ray.progress import ClusterLost, Interrupted, Progress
 from oppu_ray.sharding import Group, read_settings, train_together
 from oppu_ray.telemetry import Telemetry
@@ -70,9 +70,7 @@ def train_shards(
         yield done
         waiting.remove(done.user_id)
         num_left -= 1
-        telemetry.add("oppu_users_failed_total" if done.error else "oppu_users_done_total", worker=rank)
-        telemetry.add("oppu_useful_tokens_total", 0 if done.error else done.num_tokens, rank)
-        telemetry.set("oppu_users_left", num_left)
+        telemetry.settle(done, num_left, rank)
         if not waiting:
             progress.pack_done()
             telemetry.add("oppu_packs_done_total", worker=rank)
@@ -163,9 +161,7 @@ def _fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], max_restar
     workers = config.workers
     use_gpu = workers.gpus_per_worker > 0
     gpus = {"GPU": workers.gpus_per_worker} if use_gpu else {}
-    environment = {"DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}
-    if not workers.threads:
-        environment["OMP_NUM_THREADS"] = str(max(1, int(workers.cpus_per_worker)))
+    environment = {"DS_ACCELERATOR": "cuda" if use_gpu else "cpu", **thread_environment(workers)}
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,

@@ -121,13 +121,12 @@ class Fill:
     positions_T: Tensor
     resumed: Sequence[Resumed]
 
-    def store(self, layer: int, k_TGD: Tensor, v_TGD: Tensor) -> None:
+    def apply(
+        self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, out_THD: Tensor, scale: float, window: int
+    ) -> None:
+        """Keep keys and values, and overwrite `out_THD` for the tokens that also see what their row already held."""
         keys, values = self.cache.layers[layer]
         keys[self.rows_T, :, self.positions_T], values[self.rows_T, :, self.positions_T] = k_TGD, v_TGD
-
-    def attend_resumed(self, layer: int, q_THD: Tensor, out_THD: Tensor, scale: float, window: int) -> None:
-        """Overwrite `out_THD` for the tokens that also see what their row already held."""
-        keys, values = self.cache.layers[layer]
         for part in self.resumed:
             position_K = torch.arange(part.done + part.stop - part.start, device=q_THD.device)
             stop, age_LK = len(position_K), position_K[part.done :, None] - position_K

@@ -109,8 +109,7 @@ class _Layer(torch.autograd.Function):
         q_THW, k_THW = rotate(q_THW, cos, sin), rotate(k_THW, cos, sin)
         out = attention_forward(q_THW, k_THW, v_THW, plan, attention.scaling, 0, saved)
         if plan.fill is not None:
-            plan.fill.store(attention.layer_idx, k_THW, v_THW)
-            plan.fill.attend_resumed(attention.layer_idx, q_THW, out, attention.scaling, 0)
+            plan.fill.apply(attention.layer_idx, q_THW, k_THW, v_THW, out, attention.scaling, 0)
         mid_TD = product(attention.o_proj, out.reshape(len(h_TD), -1), saved, onto=x_TD)
         h_TD = rms_norm(mid_TD, norm2.weight, norm2.variance_epsilon)
         saved.append(mid_TD)

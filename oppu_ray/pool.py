@@ -33,7 +33,7 @@ from oppu_ray.core import UserDone
 from oppu_ray.progress import ClusterLost, Interrupted, Progress
 from oppu_ray.submit import private_token
 from oppu_ray.telemetry import Telemetry
-from oppu_ray.workers import Worker
+from oppu_ray.workers import Worker, failed
 
 MAX_DEATHS = 3
 POLL_S = 0.5
@@ -138,7 +138,8 @@ class _Pool:
         if shard.starting is not None and not shard.waiting:  # another actor has done it all
             if shard.is_doubted:
                 self._lost(shard, "it did not answer, and others took over its packs")
-            self._drop(shard)
+            else:
+                self._drop(shard)
         if shard.is_idle and shard.waiting:
             shard.unit = shard.waiting.pop(0)
             shard.stream = shard.actor.run.remote(self.method, shard.unit)
@@ -155,7 +156,7 @@ class _Pool:
         try:
             if shard.starting is not None:
                 ray.get(shard.starting)
-                shard.starting = None
+                shard.starting, shard.is_doubted = None, False
                 if shard.lost_at is not None:
                     self.progress.recovery_s.append(time.monotonic() - shard.lost_at)
                     shard.lost_at = None
@@ -228,11 +229,10 @@ class _Pool:
         shard.waiting.remove(unit)
         for user_id in unit[0]:
             if (user_id,) not in self.seen:
-                reason = f"user {user_id!r}: their pack cost {MAX_DEATHS} workers and was given up"
-                failed = UserDone(user_id, None, reason, 0.0, 0.0, 0, 0, is_retryable=True)
-                self.seen.add(failed.key)
-                self._count_result(shard, failed)
-                yield failed
+                given_up = failed(user_id, f"their pack cost {MAX_DEATHS} workers and was given up", is_retryable=True)
+                self.seen.add(given_up.key)
+                self._count_result(shard, given_up)
+                yield given_up
 
     def _count(self, shard: _Shard, name: str, value: float = 1) -> None:
         if self.method == "train":
@@ -241,9 +241,7 @@ class _Pool:
     def _count_result(self, shard: _Shard, result: Any) -> None:
         if self.method == "train":
             self.num_left -= 1
-            self._count(shard, "oppu_users_failed_total" if result.error else "oppu_users_done_total")
-            self._count(shard, "oppu_useful_tokens_total", 0 if result.error else result.num_tokens)
-            self.telemetry.set("oppu_users_left", self.num_left)
+            self.telemetry.settle(result, self.num_left, shard.number)
 
     def _check_head(self) -> None:
         now = time.monotonic()
@@ -273,10 +271,15 @@ class _Pool:
 
 
 def _actor_class(workers: WorkersConfig) -> Any:
-    threads = {} if workers.threads else {"OMP_NUM_THREADS": str(max(1, int(workers.cpus_per_worker)))}
+    environment = {"env_vars": thread_environment(workers)}
     return ray.remote(RayWorker).options(
-        num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, runtime_env={"env_vars": threads}
+        num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, runtime_env=environment
     )
+
+
+def thread_environment(workers: WorkersConfig) -> dict[str, str]:
+    """As many threads as a worker has cores, unless `workers.threads` says how many."""
+    return {} if workers.threads else {"OMP_NUM_THREADS": str(max(1, int(workers.cpus_per_worker)))}
 
 
 def _one_line(error: Exception) -> str:

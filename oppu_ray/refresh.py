@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from oppu_ray.base_model import Base
@@ -21,7 +22,7 @@ from oppu_ray.packing import plan_user, user_seed
 from oppu_ray.registry import UserHash
 from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault
-from oppu_ray.workers import encode_user, open_base, with_lineage
+from oppu_ray.workers import encode_user, open_base, settled, with_lineage
 
 LEASE_S = 300.0
 
@@ -75,7 +76,6 @@ def refresh_user(
         if result.adapter is not None:
             adapter, manifest = with_lineage(config, base, result, tuple(item.item_id for item in items), seed)
             version = vault.commit(user_hash, adapter, manifest, lease)
-        first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
-        return UserDone(user, version, result.error, first, last, len(result.losses), result.num_useful_tokens)
+        return replace(settled(result, version), user_id=user)
     finally:
         vault.registry.release_lease(lease)

@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from oppu_ray.core import UserDone
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -85,6 +87,12 @@ class Telemetry:
         """One value of a histogram."""
         if name in self._metrics:
             self._metrics[name].observe(value, self._tags_of(name))
+
+    def settle(self, done: UserDone, num_left: int, worker: int) -> None:
+        """Count a user of `worker` as done or failed; `num_left` are still to come in the run."""
+        self.add("oppu_users_failed_total" if done.error else "oppu_users_done_total", worker=worker)
+        self.add("oppu_useful_tokens_total", 0 if done.error else done.num_tokens, worker)
+        self.set("oppu_users_left", num_left)
 
     def _tags_of(self, name: str, worker: int | None = None) -> dict[str, str]:
         tags = self._tags if worker is None else {**self._tags, "worker": str(worker)}

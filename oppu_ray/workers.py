@@ -137,15 +137,15 @@ class Worker:
                     self._keep_history(user, leases[user.user_id])
                     kept.append(user)
                 except ValueError as error:
-                    yield _failed(user.user_id, str(error))
+                    yield failed(user.user_id, str(error))
             self.memories.write_profiles(kept)
             for user in kept:
                 try:
                     works.append(self._work(user, base))
                 except ValueError as error:
-                    yield _failed(user.user_id, str(error))
+                    yield failed(user.user_id, str(error))
             for user_id in leases.keys() - item_ids.keys():
-                yield _failed(user_id, "was forgotten since the run began")
+                yield failed(user_id, "was forgotten since the run began")
             left = [work.user_id for work in works]
             if committed.issuperset(left):
                 yield from map(_done_before, left)
@@ -167,7 +167,7 @@ class Worker:
         if reason is None:
             return
         if len(left) == 1:
-            yield _failed(left[0], reason, is_retryable=True)
+            yield failed(left[0], reason, is_retryable=True)
             return
         logger.warning("a pack of %d users is halved: %s", len(left), reason)
         for half in (left[: len(left) // 2], left[len(left) // 2 :]):
@@ -182,7 +182,7 @@ class Worker:
                     leases[user_id] = self.vault.lease(user_id, self.run_id, LEASE_TTL_S)
                 except Refused as refusal:
                     if time.monotonic() >= deadline or self.should_stop():
-                        yield _failed(user_id, str(refusal), is_retryable=True)
+                        yield failed(user_id, str(refusal), is_retryable=True)
                         break
                     time.sleep(LEASE_POLL_S)
 
@@ -250,19 +250,18 @@ class Worker:
 
     def _finish(self, result: TrainResult, base: Base, item_ids: tuple[str, ...], leases: dict[str, Lease]) -> UserDone:
         """Commit a result, under the lease that was taken before the user's history was read."""
-        first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
-        num_steps, user_id = len(result.losses), result.user_id
+        user_id = result.user_id
         if result.adapter is None:
-            return UserDone(user_id, None, result.error, first, last, num_steps, result.num_useful_tokens)
+            return settled(result, None)
         seed = user_seed(self.config.seed, user_id)
         adapter, manifest = with_lineage(self.config, base, result, item_ids, seed, self.run_id)
         started = time.monotonic()
         try:
             version = self._commit(user_id, adapter, manifest, leases)
         except ValueError as error:
-            return _failed(user_id, str(error), is_retryable=True)
+            return failed(user_id, str(error), is_retryable=True)
         self.telemetry.observe("oppu_commit_seconds", time.monotonic() - started)
-        return UserDone(user_id, version, None, first, last, num_steps, result.num_useful_tokens)
+        return settled(result, version)
 
     def _commit(self, user_id: str, adapter: AdapterState, manifest: Manifest, leases: dict[str, Lease]) -> str:
         is_served = not self.config.memory.name
@@ -383,7 +382,15 @@ def _done_before(user_id: str) -> UserDone:
     return UserDone(user_id, None, None, 0.0, 0.0, 0, 0)
 
 
-def _failed(user_id: str, reason: str, is_retryable: bool = False) -> UserDone:
+def settled(result: TrainResult, version: str | None) -> UserDone:
+    """What is told of a trained user: the committed version, or why there is none."""
+    first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
+    num_steps = len(result.losses)
+    return UserDone(result.user_id, version, result.error, first, last, num_steps, result.num_useful_tokens)
+
+
+def failed(user_id: str, reason: str, is_retryable: bool = False) -> UserDone:
+    """What is told of a user who was not trained to the end, and why."""
     return UserDone(user_id, None, f"user {user_id!r}: {reason}", 0.0, 0.0, 0, 0, is_retryable=is_retryable)
 
 
