@@ -145,7 +145,8 @@ def asked_users(options: argparse.Namespace) -> dict[str, list[int]]:
     """Who is asked for: by random users out of so many, and once each by `NUM_COLD` others."""
     draw = random.Random(0)
     users = {str(num): [draw.randrange(num) for _ in range(options.asks)] for num in USERS}
-    return users | {"cold": list(range(max(USERS), max(USERS) + NUM_COLD))}
+    cold = list(range(max(USERS), max(USERS) + NUM_COLD))
+    return users | {"resident": list(range(ROWS)), "cold": cold}
 
 
 def prompts(options: argparse.Namespace, vocab_size: int, seed: int = 0) -> Iterator[tuple[int, ...]]:
@@ -200,10 +201,10 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return engine.fit(adapter)
 
     rows["cold"] = percentiles("added", [cold_s(engine, fetch, user) for user in users.pop("cold")])
-    ask_all(engine, options, fetch, list(range(ROWS)))  # makes them resident
+    ask_all(engine, options, fetch, users["resident"])  # they are so from now on
     for num in map(str, USERS):
         rows[f"closed_{num}"] = ask_all(engine, options, fetch, users[num])
-    ask_all(engine, options, fetch, list(range(ROWS)))
+    ask_all(engine, options, fetch, users["resident"])
     rate = OPEN_SHARE * rows[f"closed_{ROWS}"]["answers_per_s"]
     for num in (str(ROWS), str(max(USERS))):
         rows[f"open_{num}"] = ask_all(engine, options, fetch, users[num], rate)
@@ -272,7 +273,7 @@ def ask_all(
             if engine.is_loaded(request):
                 engine.submit(request)
             else:
-                reader.submit(lambda: read.put((request, fetch(user))))
+                reader.submit(fetch, user).add_done_callback(lambda done: read.put((request, done)))
 
         while len(last) < len(users):
             now = time.perf_counter()
@@ -283,9 +284,10 @@ def ask_all(
             while not read.empty() or not engine.has_work:
                 patience = began + due[number] - time.perf_counter() if rate and number < len(users) else 60.0
                 try:
-                    engine.submit(*read.get(timeout=max(patience, 0.0)))
+                    request, done = read.get(timeout=max(patience, 0.0))
                 except queue.Empty:
                     break
+                engine.submit(request, done.result())
                 num_loads += 1
             if engine.has_work:
                 for event in engine.step():
