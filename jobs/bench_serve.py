@@ -76,7 +76,7 @@ def compare(options: argparse.Namespace) -> int:
             print(VLLM_LEFT_OUT)
         for command in commands:
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows |= json.loads(answer.stdout.splitlines()[-1])
+            rows |= json.loads(next(line for line in answer.stdout.splitlines() if line.startswith("{")))
     answers = {system: rows[system].pop("answers") for system in ("ours_32", "peft_mixed")}
     result = {
         "command": "bench serve",
@@ -177,6 +177,7 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for repeat in range(options.repeats + 1):
         for system, num_adapters in systems.items():
             made = answer_rows(engine, options, num_adapters)
+            print(f"{system}: decodes {made['decode_tokens_per_s']:.0f} tokens/s", file=sys.stderr)
             if repeat:  # the first round is for the machine to get warm
                 runs[system].append(made)
     rows = {
@@ -204,6 +205,7 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ask_all(engine, options, fetch, users["resident"])  # they are so from now on
     for num in map(str, USERS):
         rows[f"closed_{num}"] = ask_all(engine, options, fetch, users[num])
+        print(f"{num} users: {rows[f'closed_{num}']['answers_per_s']:.1f} answers/s", file=sys.stderr)
     ask_all(engine, options, fetch, users["resident"])
     rate = OPEN_SHARE * rows[f"closed_{ROWS}"]["answers_per_s"]
     for num in (str(ROWS), str(max(USERS))):
