@@ -39,6 +39,9 @@ STALL_S = 120.0
 
 NUM_LOADERS = 4
 
+PASS_TOKENS = 512
+"""Prompts are read in pieces of so many: every answer under way waits for a piece, half a second of one core."""
+
 T = TypeVar("T")
 Sink = Callable[[TokenEvent], None]
 Measure = Callable[[str, float, Mapping[str, str]], None]
@@ -382,16 +385,19 @@ class Replica:
 
 
 def make_engine(config: Config, base: Base) -> Engine:
-    """The engine of one replica, for adapters of the shape that the run trains."""
-    return Engine(
+    """The engine of one replica, for adapters of the shape that the run trains, its kernels compiled."""
+    engine = Engine(
         base.model,
         config.serve.num_slots,
         [config.personal.peft],
         max_rows=config.serve.max_rows,
+        max_tokens_per_pass=PASS_TOKENS,
         max_length=config.serve.max_length,
         prefix_bytes=config.serve.prefix_bytes,
         tokenizer=base.tokenizer,
     )
+    engine.warm_up()
+    return engine
 
 
 def encode_chat(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:
