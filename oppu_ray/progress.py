@@ -32,7 +32,7 @@ class Interrupted(Exception):
 
 
 class ClusterLost(Exception):
-    """The head of the cluster does not answer any more; what is done is kept."""
+    """The cluster's head does not answer any more, or its workers do not live; what is done is kept."""
 
 
 class Progress:
