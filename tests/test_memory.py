@@ -247,6 +247,7 @@ def test_vectors_that_are_no_numbers_and_what_is_not_there_are_refused(
 
 def test_a_profile_is_kept_with_the_user_until_a_fifth_of_the_history_is_new(vault: Vault) -> None:
     config, owner = config_of(top_k=0, with_profile=True), user("ann", 10)
+    vault.add_users(["ann"])
 
     def profile(items: Sequence[Item], config: Config = config) -> str:
         made = Memories(config, vault, lambda prompts: [f"wrote {len(prompts)}"]).open(replace(owner, items=items))
@@ -267,6 +268,7 @@ def test_a_profile_is_kept_with_the_user_until_a_fifth_of_the_history_is_new(vau
 
 def test_a_model_writes_the_missing_profiles_in_one_batch_and_the_template_steps_in(vault: Vault) -> None:
     config, asked = config_of(top_k=0, with_profile=True, profile="base"), list[list[str]]()
+    vault.add_users(["ann", "bob", "eve"])
 
     def generate(prompts: Sequence[str]) -> list[str]:
         asked.append(list(prompts))
