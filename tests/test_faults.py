@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from faults import FaultyWorker, until
+from invariants import check_training, fingerprint, no_secrets
 from line_tools import adapters, oppu, result, run_dir, tagging_user, write_config, write_users
 from ray.cluster_utils import Cluster
 from tiny import tiny_base
@@ -39,9 +42,10 @@ FOUR_STEPS = ("personal.max_steps=4", "workers.num_workers=2", "workers.checkpoi
 
 @dataclass
 class Run:
-    """A run that is prepared and adapted: two packs of two users, each a shard of its own."""
+    """A run that is prepared and adapted: two packs of two users, each a shard of its own. `bases` are fingerprints."""
 
     config: Path
+    bases: dict[Path, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -81,7 +85,8 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Run:
     oppu("prepare", config)
     oppu("adapt", config)
     oppu("train", config, "personal.max_steps=4")
-    return Run(config)
+    task_base = Path(result(config, "adapt")["task_base"])
+    return Run(config, {folder: fingerprint(folder) for folder in (base, task_base)})
 
 
 @pytest.fixture
@@ -121,14 +126,8 @@ def faulty_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(run: Run, inline: Run) -> dict[str, Any]:
-    """All users are there, once, with the adapters of the run without faults, and nothing is left over."""
-    assert adapters(run.config) == adapters(inline.config)
-    assert run.versions() == dict.fromkeys(USERS, 1)
-    assert not list(run.folder.glob("checkpoints/*"))
-    trained = result(run.config, "train")
-    assert (trained["num_done"], trained["failed"]) == (4, {})
-    assert read_status(run.folder)["state"] == "done"
-    return trained
+    """The invariants: all users are there, once, with the adapters of the run without faults."""
+    return check_training(run.config, adapters(inline.config), inline.bases)
 
 
 def all_metrics(cluster: Cluster) -> str | None:
@@ -149,8 +148,8 @@ def test_workers_killed_in_every_step_of_a_run(cluster: Cluster, run: Run, inlin
     assert run.steps(0) == [0, 0, 1, 0, 1, 2, 3] and run.steps(1) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
     read = [set((run.folder / "faults" / f"{shard}-reads").read_text().split()) for shard in (0, 1)]
     assert read == [set(USERS[:2]), set(USERS[2:])]  # each worker its own shard's histories
-    logs = [path.read_bytes() for path in cluster.folder.rglob("logs/*") if path.is_file()]
-    assert logs and not any(CANARY.encode() in log for log in logs)
+    logs = [path for path in cluster.folder.rglob("logs/*") if path.is_file()]
+    assert logs and no_secrets(logs, [CANARY])
     exported = until(lambda: all_metrics(cluster), deadline_s=60)
     assert CANARY not in exported and "user-" not in exported
 
@@ -248,6 +247,83 @@ def test_a_lost_node_with_no_room_elsewhere(
     monkeypatch.setattr(pool._Pool, "_check_head", lose_the_node)  # called in every turn of the driver's loop
     assert run.train("workers.cpus_per_worker=2") == 0
     assert check(run, inline)["num_recoveries"] == 1
+
+
+@pytest.mark.chaos
+def test_an_actor_killed_through_ray(
+    cluster: Cluster,
+    run: Run,
+    inline: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    run.fault(0, 1, "wait")
+    killed = []
+
+    def kill_it(driver: Any) -> None:
+        if (run.folder / "faults" / "0-waits").exists() and not killed:
+            ray.kill(driver.shards[0].actor, no_restart=False)
+            killed.append(driver)
+
+    monkeypatch.setattr(pool._Pool, "_check_head", kill_it)
+    assert run.train() == 0
+    trained = check(run, inline)
+    assert killed and trained["num_recoveries"] == 1 and run.steps(0) == [0, 1, 0, 1, 2, 3]
+    record_property("recovery_s", max(trained["recovery_s"]))
+
+
+@pytest.mark.chaos
+def test_two_drivers_of_one_run_at_once(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(0, 1, "wait")
+    first = run.start()
+    until((run.folder / "faults" / "0-waits").exists)
+    second = run.start()
+    until(lambda: b"another process trains this run" in (run.folder / "driver.log").read_bytes())
+    (run.folder / "faults" / "go").touch()
+    assert (first.wait(), second.wait()) == (0, 0)
+    assert check(run, inline)["num_trained"] == 0  # by the second
+    assert run.steps(0) == [0, 1, 2, 3] and run.steps(1) == [0, 1, 2, 3]
+
+
+@pytest.mark.chaos
+def test_a_user_who_does_not_fit_into_memory_fails_alone(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(1, 1, "allocate")  # the pack is halved
+    run.fault(1, 2, "allocate")  # and its first half is a user alone
+    assert run.train() == 1
+    trained = result(run.config, "train")
+    (failed,) = trained["failed"]
+    assert "out of memory" in trained["failed"][failed] and (trained["num_done"], trained["num_to_retry"]) == (3, 1)
+    assert run.versions() == {user_id: int(user_id != failed) for user_id in USERS}
+    assert run.train() == 0
+    assert run.versions() == dict.fromkeys(USERS, 1)
+
+
+@pytest.mark.chaos
+def test_a_full_object_store_spills(cluster: Cluster, run: Run, inline: Run) -> None:
+    parts = [np.full(20 * 2**20, number, np.uint8) for number in range(8)]
+    held = [ray.put(part) for part in parts]  # twice what the store holds
+    assert run.train() == 0
+    check(run, inline)
+    assert all(np.array_equal(ray.get(one), part) for one, part in zip(held, parts, strict=True))
+
+
+@pytest.mark.chaos
+def test_a_storm_by_a_seed(
+    cluster: Cluster,
+    run: Run,
+    inline: Run,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+) -> None:
+    draw = random.Random(request.config.getoption("--chaos-seed"))
+    storm = [(shard, step, draw.choice(["kill", "terminate"])) for shard in (0, 1) for step in draw.sample(range(4), 2)]
+    record_property("schedule", storm)
+    for fault in storm:
+        run.fault(*fault)
+    assert run.train(f"workers.checkpoint_every_s={draw.choice([0, 1000])}") == 0, storm
+    trained = check(run, inline)
+    assert trained["num_recoveries"] >= 2, storm
+    record_property("recovery_s", max(trained["recovery_s"]))
 
 
 @pytest.mark.slow
