@@ -24,7 +24,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from oppu_ray import archive, vault
 from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, load_adapter
 from oppu_ray.config import BaseConfig, DataConfig, TaskConfig, load_config
 from oppu_ray.files import write_atomic
+from oppu_ray.forget import Receipt, read_receipt
 from oppu_ray.group import read_settings
 from oppu_ray.history import load_histories, read_items
 from oppu_ray.prepared import INDEX_NAME, read_index
@@ -135,7 +136,8 @@ def doors(folder: Path) -> dict[str, Door]:
     """Each door as a function that makes one input of the draw and hands it in."""
     made = [
         config_door, jsonl_door, lamp_door, table_door, chitchat_door, items_door, adapter_door, archive_door,
-        manifest_door, stored_items_door, profile_door, vectors_door, settings_door, index_door, http_door,
+        manifest_door, stored_items_door, profile_door, vectors_door, settings_door, index_door, receipt_door,
+        http_door,
     ]  # fmt: skip
     found = {}
     for make in made:
@@ -365,6 +367,11 @@ def index_door(folder: Path) -> Door:
         return read_index(folder)
 
     return door
+
+
+def receipt_door(folder: Path) -> Door:
+    sample = asdict(Receipt("1", "0" * 64, ("2",), (("path", "3"),), "4", "5", 6.0, True, "7", "8"))
+    return lambda draw: read_receipt(spoiled(draw, sample).decode())
 
 
 BODIES: dict[str, Any] = {

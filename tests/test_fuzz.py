@@ -1,0 +1,87 @@
+"""A few inputs for every door on every run, and what more of them have broken once (see `jobs/fuzz.py`)."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vault_tools import make_adapter
+
+from jobs import fuzz
+from oppu_ray.adapter_files import CONFIG_NAME, load_adapter, save_adapter
+from oppu_ray.config import load_config
+from oppu_ray.vault import CorruptError, decode_items, decode_manifest
+
+DEEP = b"[" * 100_000
+
+
+def test_no_door_breaks(tmp_path: Path) -> None:
+    for name, door in fuzz.doors(tmp_path).items():
+        num_taken, crashes = fuzz.try_inputs(name, door, seed=1, first=0, count=60)
+        assert not crashes and num_taken < 60, name
+
+
+def test_a_crash_is_seen_and_said_by_number(tmp_path: Path) -> None:
+    def door(draw: object) -> None:
+        raise KeyError("oops")
+
+    _, crashes = fuzz.try_inputs("door", door, seed=0, first=7, count=2)
+    assert [(one.number, one.error, one.place.partition(":")[0]) for one in crashes] == [
+        (7, "KeyError: 'oops'", "test_fuzz.py"),
+        (8, "KeyError: 'oops'", "test_fuzz.py"),
+    ]
+
+
+def test_a_hanging_door_is_a_crash(tmp_path: Path) -> None:
+    def door(draw: object) -> None:
+        with fuzz.limited(1):
+            while True:
+                pass
+
+    (_, (crash,)) = fuzz.try_inputs("door", door, seed=0, first=0, count=1)
+    assert crash.error.startswith("Hung")
+
+
+def test_an_input_is_made_again_from_its_number(tmp_path: Path) -> None:
+    (made, again) = (fuzz.spoiled(random.Random("0/items/5"), fuzz.users_sample()) for _ in range(2))
+    assert made == again != fuzz.spoiled(random.Random("0/items/6"), fuzz.users_sample())
+
+
+# ---- what broke once
+
+
+@pytest.mark.parametrize("decode", [decode_items, decode_manifest])
+def test_json_nested_too_deeply_is_corrupt(decode: Any) -> None:
+    with pytest.raises(CorruptError, match="recursion depth"):
+        decode(DEEP)
+
+
+def test_a_config_nested_too_deeply_or_that_says_billions_of_things_by_reference_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"task: " + DEEP[:5000])
+    with pytest.raises(ValueError, match="cannot read the config"):
+        load_config(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="the value is not YAML"):
+        load_config(path, ["seed=" + DEEP[:5000].decode()])
+    levels = ["  - &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"  - &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
+    path.write_text("task:\n  labels:\n" + "\n".join(levels))
+    with fuzz.limited(5), pytest.raises(ValueError, match="task.labels: expected str, found"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(a?){50}b", "a*a*a*a*b", "a" * 2000])
+def test_an_adapter_whose_target_is_an_expression_that_can_hang_is_refused(tmp_path: Path, pattern: str) -> None:
+    adapter = make_adapter(1)
+    save_adapter(tmp_path / "adapter", adapter)
+    config = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())
+    (tmp_path / "adapter" / CONFIG_NAME).write_text(json.dumps({**config, "target_modules": pattern}))
+    with fuzz.limited(5), pytest.raises(ValueError, match="target_modules is '.*a simple regular expression"):
+        load_adapter(tmp_path / "adapter")
+    allowed = r"model\.layers\.\d+\.self_attn\.(q|v)_proj"
+    (tmp_path / "adapter" / CONFIG_NAME).write_text(json.dumps({**config, "target_modules": allowed}))
+    assert load_adapter(tmp_path / "adapter").tensors.keys() == adapter.tensors.keys()
