@@ -239,7 +239,8 @@ def chitchat_door(folder: Path) -> Door:
     def door(draw: random.Random) -> object:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as wheel:
-            wheel.writestr("chitchat_dataset/dataset.json", spoiled(draw, chats))
+            content = spoiled(draw, chats) if draw.random() < 0.7 else json.dumps(chats).encode()
+            wheel.writestr("chitchat_dataset/dataset.json", content)
         path = folder / "chitchat.whl"
         path.write_bytes(mutate(draw, buffer.getvalue(), b"") if draw.random() < 0.5 else buffer.getvalue())
         return load_histories(DataConfig("chitchat", str(path)), TaskConfig("chat_reply"), 0)
@@ -252,7 +253,10 @@ def items_door(folder: Path) -> Door:
 
     def door(draw: random.Random) -> object:
         path = folder / "items.jsonl"
-        path.write_bytes(b"\n".join(spoiled(draw, item) for item in users_sample()[0]["history"][:2]))
+        items = users_sample()[0]["history"][:2]
+        path.write_bytes(
+            b"\n".join(spoiled(draw, one) if draw.random() < 0.6 else json.dumps(one).encode() for one in items)
+        )
         return read_items(path, task)
 
     return door
@@ -342,8 +346,8 @@ def profile_door(folder: Path) -> Door:
 def vectors_door(folder: Path) -> Door:
     import numpy as np
 
-    sample = vectors_to_bytes(np.ones((2, 4), np.float32), "embedder", ["1 a", "2 b"])
-    return lambda draw: vectors_from_bytes(mutate(draw, sample, sample), "embedder")
+    sample = vectors_to_bytes(np.full((2, 4), 0.5, np.float32), "embedder", ["1 a", "2 b"])
+    return lambda draw: vectors_from_bytes(mutate(draw, sample, sample) if draw.random() < 0.9 else sample, "embedder")
 
 
 def settings_door(folder: Path) -> Door:

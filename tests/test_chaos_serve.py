@@ -46,7 +46,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def service(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(cluster.folder, tmp_path_factory.mktemp("serve"), max_rows=2, max_queued=2) as one:
+    with running(cluster.folder, tmp_path_factory.mktemp("serve")) as one:
         yield one
 
 
@@ -83,7 +83,7 @@ def test_the_controller_is_killed(service: Service, record_property: Record) -> 
         ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
         record_property("recovery_s", seconds_until_good(load, time.monotonic()))
     assert not load.failed and versions_are_right(service, load)
-    service.deploy("serve.max_new_tokens=90", "serve.max_rows=2", "serve.max_queued=2")  # it takes orders again
+    service.deploy("serve.max_new_tokens=90")  # it takes orders again
     assert service.ask("user-0").status_code == 200
 
 
@@ -108,13 +108,16 @@ def test_a_replica_is_ended_by_a_signal(service: Service, number: int, record_pr
         since = time.monotonic()
         until(lambda: victim not in replica_pids(service))
         record_property("recovery_s", seconds_until_good(load, since, 10))
-        until(lambda: len(service_replicas(service)) == 2)
+        until(lambda: len(service_replicas(service)) == 2, timeout_s=300)
     assert len(load.failed) <= 4, [getattr(one, "text", one) for one in load.failed]
     assert all(isinstance(one, httpx2.Response) and one.status_code == 503 for one in load.failed)
     assert versions_are_right(service, load)
 
 
 def test_more_clients_than_the_queue_holds(service: Service, record_property: Record) -> None:
+    before = replica_pids(service)
+    service.deploy("serve.max_rows=2", "serve.max_queued=2")  # two replicas, four requests each
+    until(lambda: not before & replica_pids(service), timeout_s=300)
     answers: list[tuple[float, httpx2.Response]] = []
 
     def ask(user: str) -> None:

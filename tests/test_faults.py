@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from oppu_ray.telemetry import TRAINING_METRICS
 from oppu_ray.vault import Vault
 
 ROOT = Path(__file__).resolve().parents[1]
+Record = Callable[[str, object], None]
 CANARY = "xyzzyplugh"
 USERS = [f"user-{i}" for i in range(4)]
 FOUR_STEPS = ("personal.max_steps=4", "workers.num_workers=2", "workers.checkpoint_every_s=1000")
@@ -139,12 +141,15 @@ def all_metrics(cluster: Cluster) -> str | None:
     return "\n".join(lines) if all(f"ray_{name}" in text for name in TRAINING_METRICS if "failed" not in name) else None
 
 
-def test_workers_killed_in_every_step_of_a_run(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_workers_killed_in_every_step_of_a_run(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     for shard, step in ((0, 0), (0, 1), (1, 2), (1, 3)):
         run.fault(shard, step, "kill")
     assert run.train() == 0
     trained = check(run, inline)
     assert trained["num_recoveries"] == 4 and len(trained["recovery_s"]) == 4
+    record_property("recovery_s", max(trained["recovery_s"]))
     assert run.steps(0) == [0, 0, 1, 0, 1, 2, 3] and run.steps(1) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
     read = [set((run.folder / "faults" / f"{shard}-reads").read_text().split()) for shard in (0, 1)]
     assert read == [set(USERS[:2]), set(USERS[2:])]  # each worker its own shard's histories
@@ -154,11 +159,15 @@ def test_workers_killed_in_every_step_of_a_run(cluster: Cluster, run: Run, inlin
     assert CANARY not in exported and "user-" not in exported
 
 
-def test_a_lost_worker_goes_on_from_its_checkpoint(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_a_lost_worker_goes_on_from_its_checkpoint(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     run.fault(0, 2, "kill")
     run.fault(1, 1, "terminate")  # which ends it after the step, with a checkpoint whatever the interval
     assert run.train("workers.checkpoint_every_s=0") == 0
-    assert check(run, inline)["num_recoveries"] == 2
+    trained = check(run, inline)
+    assert trained["num_recoveries"] == 2
+    record_property("recovery_s", max(trained["recovery_s"]))
     assert run.steps(0) == [0, 1, 2, 2, 3] and run.steps(1) == [0, 1, 2, 3]
 
 
@@ -187,7 +196,9 @@ def test_a_pack_out_of_memory_is_halved_and_the_result_says_so(cluster: Cluster,
     assert run.steps(1) == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_a_driver_that_is_killed_or_told_to_end(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_a_driver_that_is_killed_or_told_to_end(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     run.fault(0, 1, "wait")
     run.fault(1, 1, "wait")
     driver = run.start()
@@ -206,7 +217,9 @@ def test_a_driver_that_is_killed_or_told_to_end(cluster: Cluster, run: Run, inli
     until((run.folder / "faults" / "0-waits").exists)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL
+    began = time.monotonic()
     assert run.train() == 0
+    record_property("recovery_s", time.monotonic() - began)
     check(run, inline)
     assert run.steps(0) == [0, 1, 2, 3, 2, 3]
     assert "run the same again to continue" in (run.folder / "driver.log").read_text()
@@ -219,20 +232,25 @@ def test_requests_and_replies_lost_between_driver_and_workers(cluster: Cluster, 
     check(run, inline)
 
 
-def test_the_clusters_head_process_restarts_in_the_middle(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_the_clusters_head_process_restarts_in_the_middle(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     run.fault(0, 1, "wait")
     driver = run.start()
     until((run.folder / "faults" / "0-waits").exists)
     cluster.head_node.kill_gcs_server()
     (run.folder / "faults" / "go").touch()
     cluster.head_node.start_gcs_server()
+    began = time.monotonic()
     assert driver.wait() == 0
+    record_property("recovery_s", time.monotonic() - began)
     check(run, inline)
 
 
 def test_a_lost_node_with_no_room_elsewhere(
-    cluster: Cluster, run: Run, inline: Run, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, run: Run, inline: Run, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
+    lost: list[float] = []
     monkeypatch.setattr(pool, "ADOPT_AFTER_S", 1.0)
     node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
     run.fault(0, 0, "wait")
@@ -241,11 +259,13 @@ def test_a_lost_node_with_no_room_elsewhere(
     def lose_the_node(driver: Any) -> None:
         if len(list(run.folder.glob("faults/?-waits"))) == 2 and node in cluster.worker_nodes:
             cluster.remove_node(node, allow_graceful=False)
+            lost.append(time.monotonic())
         elif node not in cluster.worker_nodes and any(shard.stream is None for shard in driver.shards):
             (run.folder / "faults" / "go").touch()  # not before the loss is seen: its worker would finish first
 
     monkeypatch.setattr(pool._Pool, "_check_head", lose_the_node)  # called in every turn of the driver's loop
     assert run.train("workers.cpus_per_worker=2") == 0
+    record_property("recovery_s", time.monotonic() - lost[0])
     assert check(run, inline)["num_recoveries"] == 1
 
 
@@ -255,7 +275,7 @@ def test_an_actor_killed_through_ray(
     run: Run,
     inline: Run,
     monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
+    record_property: Record,
 ) -> None:
     run.fault(0, 1, "wait")
     killed = []
@@ -313,7 +333,7 @@ def test_a_storm_by_a_seed(
     run: Run,
     inline: Run,
     request: pytest.FixtureRequest,
-    record_property: Callable[[str, object], None],
+    record_property: Record,
 ) -> None:
     draw = random.Random(request.config.getoption("--chaos-seed"))
     storm = [(shard, step, draw.choice(["kill", "terminate"])) for shard in (0, 1) for step in draw.sample(range(4), 2)]
@@ -344,15 +364,17 @@ def test_the_whole_line_on_three_nodes(cluster: Cluster, run: Run, inline: Run, 
 
 
 def test_a_cluster_without_a_head_ends_the_driver_and_the_run_goes_on_elsewhere(
-    cluster: Cluster, run: Run, inline: Run
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
 ) -> None:
     run.fault(0, 1, "wait")
     driver = run.start()
     until((run.folder / "faults" / "0-waits").exists)
     ray.shutdown()
     cluster.head_node.kill_gcs_server()
+    began = time.monotonic()
     assert driver.wait() == 4
     (run.folder / "faults" / "go").touch()
     assert "does not answer; run the same again" in (run.folder / "driver.log").read_text()
     assert run.train("workers.num_workers=0") == 0
+    record_property("recovery_s", time.monotonic() - began)
     check(run, inline)

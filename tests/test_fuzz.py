@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from vault_tools import make_adapter
 
 from jobs import fuzz
 from oppu_ray.adapter_files import CONFIG_NAME, load_adapter, save_adapter
-from oppu_ray.config import load_config
+from oppu_ray.config import DataConfig, TaskConfig, load_config
+from oppu_ray.history import load_histories
+from oppu_ray.prepared import INDEX_NAME, read_index
 from oppu_ray.vault import CorruptError, decode_items, decode_manifest
 
 DEEP = b"[" * 100_000
@@ -85,3 +90,33 @@ def test_an_adapter_whose_target_is_an_expression_that_can_hang_is_refused(tmp_p
     allowed = r"model\.layers\.\d+\.self_attn\.(q|v)_proj"
     (tmp_path / "adapter" / CONFIG_NAME).write_text(json.dumps({**config, "target_modules": allowed}))
     assert load_adapter(tmp_path / "adapter").tensors.keys() == adapter.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"1": []}', '{"1": {"messages": [[{"sender": "ann"}]]}}', "[]", '{"1": {"messages": [[]]}}', "[" * 100_000],
+)
+def test_chats_of_another_shape_are_refused(tmp_path: Path, text: str) -> None:
+    with zipfile.ZipFile(tmp_path / "chats.whl", "w") as wheel:
+        wheel.writestr("chitchat_dataset/dataset.json", text)
+    with pytest.raises(ValueError, match="chitchat"):
+        load_histories(DataConfig("chitchat", str(tmp_path / "chats.whl")), TaskConfig("chat_reply"), 0)
+
+
+def test_a_parquet_file_damaged_within_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "users.parquet"
+    pq.write_table(pa.table({"user_id": ["ann"] * 1000, "text": [f"film {number}" for number in range(1000)]}), path)
+    data = bytearray(path.read_bytes())
+    data[100:400] = bytes(300)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged Parquet file"):
+        load_histories(DataConfig("table", str(path)), TaskConfig("movie_tagging"), 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"entries": {"ann": {}}}', '{"entries": {"ann": 1}}', "[" * 100_000, "\0"]
+)
+def test_a_damaged_index_says_so(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX_NAME).write_text(text)
+    with pytest.raises(ValueError, match="not an index .* run `prepare` again"):
+        read_index(tmp_path)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
-from schemathesis.checks import not_a_server_error
+from hypothesis import HealthCheck, Phase, settings
 from serve_tools import token_of, web_of
 
 _folder = tempfile.TemporaryDirectory(prefix="oppu-test-")
@@ -25,13 +24,13 @@ def call(case: Any) -> None:
         BACKEND.vault.add_users([user])  # whom the case before may have forgotten
     headers = {"Authorization": f"Bearer {token_of(BACKEND.vault, user, role)}"}
     response = case.call(headers=headers)
-    not_a_server_error(None, response, case)
+    assert response.status_code < 500, f"{case.method} {case.path}: {response.status_code}"
     if response.status_code >= 400:
         assert response.json()["error"]["message"]
 
 
 @schema.parametrize()
-@settings(max_examples=4, **RELAXED)
+@settings(max_examples=3, phases=[Phase.generate], **RELAXED)
 def test_whatever_the_schema_allows_is_answered_or_refused(case: Any) -> None:
     call(case)
 

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import socket
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,16 @@ def test_a_new_deployment_under_load_costs_no_request(service: Service) -> None:
     assert len(replica_pids(service)) == 2
 
 
-def test_a_killed_replica_fails_only_what_it_was_answering(service: Service) -> None:
+def test_a_killed_replica_fails_only_what_it_was_answering(
+    service: Service, record_property: Callable[[str, object], None]
+) -> None:
     victim = min(replica_pids(service))
     with Load(service) as load:
         load.until_answered(10)
         os.kill(victim, signal.SIGKILL)
+        since = time.monotonic()
         until(lambda: len(service_replicas(service)) == 2)
+        record_property("recovery_s", time.monotonic() - since)
         load.until_answered(10)
     assert len(load.failed) <= 4, [getattr(one, "text", one) for one in load.failed]
     for failed in load.failed:
