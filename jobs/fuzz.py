@@ -233,8 +233,8 @@ def table_door(folder: Path) -> Door:
 
 
 def chitchat_door(folder: Path) -> Door:
-    turns = [{"sender": "ann", "text": "hi", "timestamp": 1.0}, {"sender": "bob", "text": "yo", "timestamp": 2.0}]
-    chats = {"1": {"ratings": {"witty": "1", "int": 1, "upbeat": 1}, "start": "2020", "messages": [turns] * 4}}
+    turns = [[{"sender": user, "text": "hi", "timestamp": "2020-01-01"}] for user in ("ann", "bob")]
+    chats = {"1": {"messages": turns * 4}}
 
     def door(draw: random.Random) -> object:
         buffer = io.BytesIO()
