@@ -36,6 +36,7 @@ INVARIANTS = {
     "I8": "starting again needs no cleaning by hand",
     "I9": "same results for any number of workers, with and without the fault",
 }
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 TRAINING = "I1 I2 I3 I4 I6 I8 I9"
 
 
@@ -177,6 +178,13 @@ def settle(row: Row, recorder: Recorder) -> dict[str, Any]:
     }
 
 
+def place(test: str) -> tuple[str, int]:
+    """Where a test stands: a file's tests run together, since they share a cluster, and in order, for some end it."""
+    file, _, name = test.partition("::")
+    text = (TESTS / file).read_text(encoding="utf-8")
+    return file, text.index(f"\ndef {name.partition('[')[0]}(") if name else 0
+
+
 def belongs(name: str, test: str) -> bool:
     """Whether a test that ran is the one a row names, or a parameter of it, or in the file it names."""
     return name == test or name.startswith((f"{test}[", f"{test}::"))
@@ -199,8 +207,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rows", type=int, nargs="*", help="some of the rows; all by default")
     options = parser.parse_args(arguments)
     rows = [row for row in ROWS if not options.rows or row.number in options.rows]
-    names = dict.fromkeys(f"tests/{test}" for row in rows for test in row.tests)
+    tests = sorted({test for row in rows for test in row.tests}, key=place)
     recorder, began = Recorder(), time.monotonic()
+    names = [str(TESTS / test) for test in tests]
     pytest.main([*names, "-q", "-m", "", f"--chaos-seed={options.seed}", "--timeout=1200"], plugins=[recorder])
     lines = [settle(row, recorder) for row in rows]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

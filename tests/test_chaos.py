@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.chaos import INVARIANTS, ROWS, Recorder, Row, settle, table
+from jobs.chaos import INVARIANTS, ROWS, Recorder, Row, place, settle, table
 
 TESTS = Path(__file__).resolve().parent
 
@@ -31,6 +31,16 @@ def test_the_readme_has_every_row() -> None:
         int(number): (fault, how) for number, fault, how in re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|", text, re.M)
     }
     assert shown == {row.number: (row.fault, row.injection) for row in ROWS}
+
+
+def test_a_files_tests_run_together_and_in_its_order() -> None:
+    names = [
+        "test_faults.py::test_two_drivers_of_one_run_at_once",
+        "test_attacks.py",
+        "test_faults.py::test_a_storm_by_a_seed",
+    ]
+    last = "test_faults.py::test_a_cluster_without_a_head_ends_the_driver_and_the_run_goes_on_elsewhere"
+    assert sorted([last, *names], key=place) == ["test_attacks.py", names[0], names[2], last]
 
 
 def report(name: str, outcome: str, **properties: Any) -> Any:
