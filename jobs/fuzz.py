@@ -51,7 +51,7 @@ Door = Callable[[random.Random], object]
 
 
 class Hung(Exception):
-    """One input took longer than `LIMIT_S`."""
+    """One input took more than `LIMIT_S` of a processor's time."""
 
 
 @dataclass
@@ -439,6 +439,8 @@ def http_door(folder: Path) -> Door:
         assert status < 500, f"{method} {path}: status {status}: {content[:200]!r}"
         if status >= 400 and method != "HEAD":
             assert json.loads(content)["error"]["message"], f"{method} {path}: no error in JSON"
+        if status >= 400:
+            raise ValueError(f"status {status}")
         return status
 
     return door
@@ -489,18 +491,18 @@ def try_inputs(name: str, door: Door, seed: int, first: int, count: int) -> tupl
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """`Hung` in this thread when the block takes too long."""
+    """`Hung` in this thread when the block takes so much of a processor's time."""
 
     def ring(*_: object) -> None:
-        raise Hung(f"took longer than {seconds} s")
+        raise Hung(f"took more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def main(arguments: list[str]) -> int:

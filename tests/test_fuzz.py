@@ -25,8 +25,8 @@ DEEP = b"[" * 100_000
 
 def test_no_door_breaks(tmp_path: Path) -> None:
     for name, door in fuzz.doors(tmp_path).items():
-        num_taken, crashes = fuzz.try_inputs(name, door, seed=1, first=0, count=60)
-        assert not crashes and num_taken < 60, name
+        num_taken, crashes = fuzz.try_inputs(name, door, seed=1, first=0, count=40)
+        assert not crashes and num_taken < 40, name
 
 
 def test_a_crash_is_seen_and_said_by_number(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_an_adapter_whose_target_is_an_expression_that_can_hang_is_refused(tmp_p
 
 @pytest.mark.parametrize(
     "text",
-    ['{"1": []}', '{"1": {"messages": [[{"sender": "ann"}]]}}', "[]", '{"1": {"messages": [[]]}}', "[" * 100_000],
+    ['{"1": []}', '{"1": {"messages": [[{"sender": "ann"}]]}}', "[]", "[" * 100_000],
 )
 def test_chats_of_another_shape_are_refused(tmp_path: Path, text: str) -> None:
     with zipfile.ZipFile(tmp_path / "chats.whl", "w") as wheel:
