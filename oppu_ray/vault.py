@@ -663,6 +663,7 @@ def decode_manifest(text: bytes) -> Manifest:
         if fields["format_version"] != FORMAT:
             raise CorruptError(f"manifest: format {fields['format_version']!r}, expected {FORMAT}")
         fields["item_ids"] = tuple(fields["item_ids"])
+        fields["checksums"] = dict(fields["checksums"].items())
         fields["shapes"] = {name: tuple(shape) for name, shape in fields["shapes"].items()}
         return Manifest(**fields)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -11,14 +11,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from vault_tools import make_adapter
+from vault_tools import make_adapter, make_manifest
 
 from jobs import fuzz
 from oppu_ray.adapter_files import CONFIG_NAME, load_adapter, save_adapter
-from oppu_ray.config import DataConfig, TaskConfig, load_config
+from oppu_ray.config import BaseConfig, DataConfig, TaskConfig, load_config
 from oppu_ray.history import load_histories
 from oppu_ray.prepared import INDEX_NAME, read_index
-from oppu_ray.vault import CorruptError, decode_items, decode_manifest
+from oppu_ray.sharding import read_settings
+from oppu_ray.vault import CorruptError, decode_items, decode_manifest, encode_manifest
 
 DEEP = b"[" * 100_000
 
@@ -56,6 +57,26 @@ def test_an_input_is_made_again_from_its_number(tmp_path: Path) -> None:
 
 
 # ---- what broke once
+
+
+def test_a_manifest_whose_checksums_are_no_table_is_corrupt() -> None:
+    fields = json.loads(encode_manifest(make_manifest()))
+    with pytest.raises(CorruptError, match="manifest"):
+        decode_manifest(json.dumps({**fields, "checksums": 1.5}).encode())
+
+
+def test_deepspeed_settings_nested_too_deeply_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_bytes(DEEP)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        read_settings(BaseConfig(deepspeed=str(tmp_path / "zero.json")))
+
+
+def test_an_alpha_that_no_float_holds_is_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", make_adapter(1))
+    path = tmp_path / "adapter" / CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 10**400}))
+    with pytest.raises(ValueError, match="lora_alpha is .*; expected a finite number"):
+        load_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("decode", [decode_items, decode_manifest])

@@ -674,6 +674,7 @@ print("held")
 """
 
 
+@pytest.mark.chaos
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """A tmpfs of 1 MiB in a mount namespace of its own: old versions answer, and with room again all goes on."""
     command = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
