@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check bench cluster cluster-stop
+.PHONY: setup locked demo test check chaos fuzz soak bench cluster cluster-stop
 
 setup: $(READY)
 
@@ -13,6 +13,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt torch==2.13.0
 	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt -e '.[cpu,dev]'
 	touch $@
+
+# The same, every package but torch (whose build depends on the machine) held to its SHA-256.
+locked: pyproject.toml constraints.txt requirements.lock
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/pip install --require-hashes --no-deps -r requirements.lock
+	$(BIN)/pip install -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --no-deps -e .
+	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/oppu demo
@@ -24,6 +32,16 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Every fault of the README's table; most of an hour. As root, it cuts networks and fills disks of its own, too.
+chaos: $(READY)
+	$(BIN)/python -m jobs.chaos
+
+fuzz: $(READY)
+	$(BIN)/python -m jobs.fuzz
+
+soak: $(READY)
+	$(BIN)/python -m jobs.soak
 
 bench: $(READY)
 	$(BIN)/python -m jobs.bench_train

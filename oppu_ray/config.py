@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -281,7 +282,7 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot read the config: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
@@ -349,7 +350,7 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
             raise ValueError(f"override {override!r}: expected dotted.key=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
         _set(values, key.split("."), value, override)
 
@@ -372,7 +373,7 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _build(cls: Any, values: Any, source: str, at: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{source}: {at or 'top level'}: expected a section, found {values!r}")
+        raise ValueError(f"{source}: {at or 'top level'}: expected a section, found {reprlib.repr(values)}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(map(str, values)) - set(hints))
     if unknown:
@@ -384,7 +385,8 @@ def _convert(kind: Any, value: Any, source: str, at: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, source, f"{at}.")
     origin = typing.get_origin(kind)
-    wrong = ValueError(f"{source}: {at}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+    # Not the whole value: by YAML's references a few lines can say billions of things.
+    wrong = ValueError(f"{source}: {at}: expected {getattr(kind, '__name__', kind)}, found {reprlib.repr(value)}")
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise wrong

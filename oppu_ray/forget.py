@@ -229,7 +229,7 @@ def read_receipt(text: str) -> Receipt:
         fields = json.loads(text)
         pairs = tuple((path, digest) for path, digest in fields["removed"])
         return Receipt(**{**fields, "items": tuple(fields["items"]), "removed": pairs})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"receipt {text[:40]!r}: not a receipt ({error!r})") from error
 
 
@@ -368,7 +368,7 @@ def _without(vault: Vault, user_hash: str, line: bytes, is_gone: Gone | None, wi
     try:
         record = json.loads(line)
         is_theirs = _hash_of(vault, record["user_id"]) == user_hash
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return line
     if with_answers and "arm" in record and (is_theirs or record["arm"] == "swapped"):
         return b""

@@ -239,7 +239,7 @@ def _read_golds(path: Path, task: Task) -> dict[str, Any]:
         found = str(content.get("task", ""))
     except OSError as error:
         raise ValueError(f"data.outputs_path: cannot read {str(path)!r}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zlib.error) as error:
         raise ValueError(f'{path}: expected {{"task", "golds": [{{"id", "output"}}]}}: {error!r}') from error
     if found and found not in ODD_TASK_IDS.get(task.name, ()) and found.replace("_", "-").lower() != task.lamp.lower():
         raise ValueError(f"{path}: golds of task {found!r}; expected {task.lamp.replace('-', '_')} for {task.name}")
@@ -403,8 +403,15 @@ def _parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, 
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
-    rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-    return file.schema_arrow.names, enumerate(rows, start=1)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        except (OSError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: damaged Parquet file: {error}") from error
+
+    return file.schema_arrow.names, enumerate(rows(), start=1)
 
 
 def _csv_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any] | Rejected]]]:
@@ -482,8 +489,26 @@ def _read_chitchat(path: Path) -> Iterator[RawUser | Rejected]:
     try:
         with zipfile.ZipFile(path) as wheel:
             conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        RecursionError,
+        NotImplementedError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(f"{path}: expected the {CHITCHAT} wheel: {error}") from error
+    try:
+        histories = _replies(conversations)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a conversation is not as in {CHITCHAT}: {error!r}") from error
+    for user_id, history in histories.items():
+        yield RawUser(str(path), None, {"user_id": user_id, "history": history})
+
+
+def _replies(conversations: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The items of every user, each a turn that answers somebody."""
     histories: dict[str, list[dict[str, Any]]] = {}
     for conversation_id, conversation in conversations.items():
         spoken: list[tuple[str, str]] = []
@@ -498,5 +523,4 @@ def _read_chitchat(path: Path) -> Iterator[RawUser | Rejected]:
                 item = {"id": f"{conversation_id}.{number}", "time": messages[0]["timestamp"]}
                 histories.setdefault(user_id, []).append({**item, "context": context, "text": text})
             spoken.append((user_id, text))
-    for user_id, history in histories.items():
-        yield RawUser(str(path), None, {"user_id": user_id, "history": history})
+    return histories

@@ -119,7 +119,7 @@ class Memories:
             stored = self._read(user.user_id, VECTORS_NAME)
             vectors, kept = update_vectors(stored, texts, item_ids, self._embedder)
             if kept is not stored:
-                self._vault.put_blob(user.user_id, VECTORS_NAME, kept)
+                self._keep(user.user_id, VECTORS_NAME, kept)
         kind = memory.retriever if memory.top_k else "recency"  # which costs nothing and is not asked
         retriever = make_retriever(kind, texts, item_ids, self._seed(user), self._embedder, vectors)
         profile = self._stored_profile(user) if memory.with_profile else None
@@ -137,7 +137,12 @@ class Memories:
         said = dict(zip(prompts, texts, strict=bool(texts)))
         for user in wanted:
             profile = write_profile(self._task.name, user.items, method, said.__getitem__, self._seed(user))
-            self._vault.put_blob(user.user_id, self._profile_name, profile_to_json(profile).encode())
+            self._keep(user.user_id, self._profile_name, profile_to_json(profile).encode())
+
+    def _keep(self, user_id: str, name: str, data: bytes) -> None:
+        """Store what was made, but not of a user who is not in the vault: who was forgotten meanwhile stays so."""
+        if self._vault.registry.has_user(self._vault.user_hash(user_id)):
+            self._vault.put_blob(user_id, name, data)
 
     def _stored_profile(self, user: UserHistory) -> Profile | None:
         data = self._read(user.user_id, self._profile_name)

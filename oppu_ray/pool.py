@@ -82,8 +82,9 @@ def run_on_ray(
 
     Raises:
         Interrupted: `should_stop` said yes; the workers were given time to leave checkpoints.
-        ClusterLost: The head is gone. Ray would end this process without a word 60 s after that.
-        ValueError: What a worker raised, or workers that do not even start.
+        ClusterLost: The head is gone (Ray would end this process without a word 60 s after that), or workers die
+            before they begin.
+        ValueError: What a worker raised.
     """
     connect()
     pool = _Pool(config, task_base, run_id, method, shards, progress)
@@ -108,6 +109,8 @@ class _Pool:
         self.actor_class = _actor_class(config.workers)
         self.shards = [_Shard(number, list(units)) for number, units in enumerate(shards) if units]
         self.num_left = sum(len(unit[0]) for shard in self.shards for unit in shard.waiting)
+        if method == "train":
+            self.telemetry.set("oppu_users_left", self.num_left)
         self.seen: set[tuple[str, ...]] = set()
         self.deaths: Counter[Work | int] = Counter()
         self.head, self.head_seen = ray.get_runtime_context().gcs_address, time.monotonic()
@@ -156,7 +159,7 @@ class _Pool:
         try:
             if shard.starting is not None:
                 ray.get(shard.starting)
-                shard.starting, shard.is_doubted = None, False
+                shard.starting, shard.is_doubted, self.deaths[shard.number] = None, False, 0
                 if shard.lost_at is not None:
                     self.progress.recovery_s.append(time.monotonic() - shard.lost_at)
                     shard.lost_at = None
@@ -177,7 +180,7 @@ class _Pool:
                 raise ValueError(f"a worker cannot start: {error}") from error
             unit = shard.unit
             self._lost(shard, _one_line(error))
-            if isinstance(error, exceptions.OutOfMemoryError) and self._halve(shard):
+            if unit is not None and isinstance(error, exceptions.OutOfMemoryError) and self._halve(shard):
                 return
             self.deaths[unit or shard.number] += 1
             if self.deaths[unit or shard.number] >= MAX_DEATHS:
@@ -225,7 +228,7 @@ class _Pool:
     def _give_up(self, shard: _Shard, unit: Work | None) -> Iterator[UserDone]:
         if unit is None or self.method != "train":
             what = "while it answered" if unit else "before it began"
-            raise ValueError(f"worker {shard.number} was lost {MAX_DEATHS} times {what}; see the warnings above")
+            raise ClusterLost(f"worker {shard.number} was lost {MAX_DEATHS} times {what} (see the warnings above)")
         shard.waiting.remove(unit)
         for user_id in unit[0]:
             if (user_id,) not in self.seen:

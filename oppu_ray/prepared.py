@@ -106,17 +106,20 @@ def read_index(folder: Path) -> Index:
     """Read `index.json`.
 
     Raises:
-        ValueError: Nothing was prepared in `folder`.
+        ValueError: Nothing was prepared in `folder`, or its index is damaged.
     """
     path = folder / INDEX_NAME
     if not path.exists():
         raise ValueError(f"{path} does not exist: run `prepare` with this config first")
-    values = json.loads(path.read_text())
-    entries = {
-        user_id: Entry(entry["role"], entry["offset"], entry["length"], UserSize(**entry["size"]))
-        for user_id, entry in values["entries"].items()
-    }
-    return Index(entries, values["labels"], values["fingerprint"])
+    try:
+        values = json.loads(path.read_text())
+        entries = {
+            user_id: Entry(entry["role"], entry["offset"], entry["length"], UserSize(**entry["size"]))
+            for user_id, entry in values["entries"].items()
+        }
+        return Index(entries, values["labels"], values["fingerprint"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not an index ({error!r}): run `prepare` again") from error
 
 
 def read_users(folder: Path, index: Index, user_ids: Sequence[str]) -> list[UserHistory]:

@@ -119,7 +119,10 @@ def profile_from_json(text: str) -> Profile:
     Raises:
         ValueError: The text is not a stored profile.
     """
-    raw = json.loads(text)
+    try:
+        raw = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("stored profile: nested too deeply") from error
     if (
         not isinstance(raw, dict)
         or set(raw) != {"text", "method", "item_ids"}

@@ -7,6 +7,7 @@ API: it is read without Ray, from any machine that sees the run, also after the 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from oppu_ray.files import write_atomic
 
 STATUS_NAME = "status.json"
 STATUS_EVERY_S = 2.0
+DRIVER_POLL_S = 0.5
 
 
 class Interrupted(Exception):
@@ -32,7 +34,7 @@ class Interrupted(Exception):
 
 
 class ClusterLost(Exception):
-    """The head of the cluster does not answer any more; what is done is kept."""
+    """The cluster's head does not answer any more, or its workers do not live; what is done is kept."""
 
 
 class Progress:
@@ -137,6 +139,33 @@ def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def only_driver(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Wait until no other process holds the lock at `path`, and hold it: a run that was started twice trains once.
+
+    The system gives the lock back when its process dies, however that happens, so a restart never waits for the dead.
+
+    Raises:
+        Interrupted: `should_stop` said yes while it waited.
+    """
+    with path.open("a") as file:
+        is_told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if should_stop():
+                    raise Interrupted("stopped while another process trains this run") from None
+            except OSError:  # a disk without locks: two drivers then do the work twice, and each user is committed once
+                break
+            if not is_told:
+                print("another process trains this run (see `oppu status`); waiting until it ends", file=sys.stderr)
+                is_told = True
+            time.sleep(DRIVER_POLL_S)
+        yield
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

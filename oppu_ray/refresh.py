@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault
 from oppu_ray.workers import encode_user, open_base, settled, with_lineage
 
-LEASE_S = 300.0
+LEASE_S = 60.0
+"""Renewed between steps; for so long a user waits whose training died with its process."""
 
 
 def open_task_base(config: Config) -> Base:
@@ -63,11 +65,14 @@ def refresh_user(
             seed = vault.load(user_hash, base_fingerprint=None)[1].seed
         examples = encode_user(config, UserHistory(user_hash, "target", items), base)
         work = plan_user(user_hash, seed, examples, config.personal)
-        done = 0
+        done, renewed = 0, time.monotonic()
 
         def advance(_tokens: int, _users: int) -> None:
-            nonlocal done
+            nonlocal done, renewed
             done += 1
+            if time.monotonic() - renewed >= LEASE_S / 4:
+                vault.registry.renew_leases([lease], LEASE_S)
+                renewed = time.monotonic()
             if progress:
                 progress(done, len(work.steps))
 

@@ -44,7 +44,7 @@ def read_settings(config: BaseConfig) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         stage = settings["zero_optimization"]["stage"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"base.deepspeed: {path} cannot be read as JSON: {error}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"base.deepspeed: {path} has no zero_optimization.stage; expected 1, 2 or 3") from error

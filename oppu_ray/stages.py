@@ -32,7 +32,7 @@ from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.packing import num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
-from oppu_ray.progress import Progress, progress_bar, stop_on_sigterm
+from oppu_ray.progress import Progress, only_driver, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
 from oppu_ray.vault import open_vault
@@ -135,12 +135,13 @@ def _train(config: Config) -> dict[str, Any]:
     with _result(config, "train") as result:
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
         open_vault(config).close()
-        started = time.monotonic()
         label = f"personal adapters {config.memory.name}".rstrip()
         with (
             stop_on_sigterm() as should_stop,
+            only_driver(_folder(config, "") / f".train-{run_id}.lock", should_stop),
             progress_bar(label, num_users, "user", _folder(config, ""), "train", num_packs) as progress,
         ):
+            started = time.monotonic()
             units = [[(pack.user_ids,) for pack in shard] for shard in shards]
             for done in run_units(config, task_base, run_id, "train", units, progress, should_stop):
                 num_tokens += done.num_tokens

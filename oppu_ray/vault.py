@@ -663,9 +663,10 @@ def decode_manifest(text: bytes) -> Manifest:
         if fields["format_version"] != FORMAT:
             raise CorruptError(f"manifest: format {fields['format_version']!r}, expected {FORMAT}")
         fields["item_ids"] = tuple(fields["item_ids"])
+        fields["checksums"] = dict(fields["checksums"].items())
         fields["shapes"] = {name: tuple(shape) for name, shape in fields["shapes"].items()}
         return Manifest(**fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptError(f"manifest: not a manifest ({error!r})") from error
 
 
@@ -681,7 +682,7 @@ def decode_items(data: bytes) -> tuple[Item, ...]:
         try:
             fields = json.loads(line)
             item = Item(**{**fields, "context": tuple(fields["context"]), "options": tuple(fields["options"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise CorruptError(f"history line {number}: not an item ({error!r})") from error
         items.append(item)
     return tuple(items)

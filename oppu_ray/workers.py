@@ -333,6 +333,8 @@ def task_work(config: Config, base: Base) -> UserWork:
     index = read_index(folder)
     users = read_users(folder, index, [size.user_id for size in index.sizes("base")])
     vault = open_vault(config)
+    if config.memory.name:  # what is made from their histories is kept in the vault
+        vault.add_users([user.user_id for user in users])
     memories = Memories(config, vault, profile_writer(config))
     memories.write_profiles(users)
     adapting = replace(config, personal=config.adapt)

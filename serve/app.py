@@ -187,7 +187,8 @@ class RayBackend:
         except (RayError, RayServeException):
             yield Failed(503, "replica_lost", "the replica that answered is gone; try again")
         finally:
-            answer.cancel()
+            with suppress(RayError, RayServeException):  # it raises what the answer ended with
+                answer.cancel()
 
     async def start_refresh(self, user_hash: str) -> Refresh:
         """See `Trainer.start`."""

@@ -26,6 +26,10 @@ _own_home = tempfile.TemporaryDirectory(prefix="oppu-test-home-")
 os.environ["HOME"] = _own_home.name
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos-seed", type=int, default=0, help="which faults the storms of the chaos tests draw")
+
+
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Path]:
     """A Ray of two CPUs on this machine, for one test file, and the folder of its logs; its workers find `oppu_ray`."""

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from oppu_ray import pool, training, workers
 from oppu_ray.cli import main
@@ -42,7 +46,7 @@ class FaultyWorker(pool.RayWorker):
                     (folder / f"{number}-waits").touch()
                     until((folder / "go").exists)
                 else:
-                    raise MemoryError
+                    allocate_too_much()
             return backward_step(bank, examples, train_config, step, *rest)
 
         def noted(prepared: Path, index: Any, user_ids: Any) -> Any:
@@ -51,6 +55,16 @@ class FaultyWorker(pool.RayWorker):
             return read_users(prepared, index, user_ids)
 
         training.backward_step, workers.read_users = faulty, noted
+
+
+def allocate_too_much() -> None:
+    """Ask for 1 GiB where the system gives this process 64 MiB more."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**26, limits[1]))
+    try:
+        torch.empty(2**30, dtype=torch.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def until(condition: Callable[[], Any], deadline_s: float = 120.0) -> Any:

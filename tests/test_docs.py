@@ -19,7 +19,7 @@ from oppu_ray.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("cluster", "oppu_ray", "jobs", "serve", "tests", ".ci")
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "Makefile", ".ci/run", "cluster/README.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "Makefile", ".ci/run", "cluster/README.md")),
     *sorted((ROOT / "jobs").rglob("*.yaml")),
     *sorted((ROOT / "jobs").glob("*.py")),
 ]

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from faults import FaultyWorker, until
+from invariants import check_training, fingerprint, no_secrets
 from line_tools import adapters, oppu, result, run_dir, tagging_user, write_config, write_users
 from ray.cluster_utils import Cluster
 from tiny import tiny_base
@@ -32,6 +36,7 @@ from oppu_ray.telemetry import TRAINING_METRICS
 from oppu_ray.vault import Vault
 
 ROOT = Path(__file__).resolve().parents[1]
+Record = Callable[[str, object], None]
 CANARY = "xyzzyplugh"
 USERS = [f"user-{i}" for i in range(4)]
 FOUR_STEPS = ("personal.max_steps=4", "workers.num_workers=2", "workers.checkpoint_every_s=1000")
@@ -39,9 +44,10 @@ FOUR_STEPS = ("personal.max_steps=4", "workers.num_workers=2", "workers.checkpoi
 
 @dataclass
 class Run:
-    """A run that is prepared and adapted: two packs of two users, each a shard of its own."""
+    """A run that is prepared and adapted: two packs of two users, each a shard of its own. `bases` are fingerprints."""
 
     config: Path
+    bases: dict[Path, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -81,7 +87,8 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Run:
     oppu("prepare", config)
     oppu("adapt", config)
     oppu("train", config, "personal.max_steps=4")
-    return Run(config)
+    task_base = Path(result(config, "adapt")["task_base"])
+    return Run(config, {folder: fingerprint(folder) for folder in (base, task_base)})
 
 
 @pytest.fixture
@@ -121,14 +128,8 @@ def faulty_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(run: Run, inline: Run) -> dict[str, Any]:
-    """All users are there, once, with the adapters of the run without faults, and nothing is left over."""
-    assert adapters(run.config) == adapters(inline.config)
-    assert run.versions() == dict.fromkeys(USERS, 1)
-    assert not list(run.folder.glob("checkpoints/*"))
-    trained = result(run.config, "train")
-    assert (trained["num_done"], trained["failed"]) == (4, {})
-    assert read_status(run.folder)["state"] == "done"
-    return trained
+    """The invariants: all users are there, once, with the adapters of the run without faults."""
+    return check_training(run.config, adapters(inline.config), inline.bases)
 
 
 def all_metrics(cluster: Cluster) -> str | None:
@@ -140,26 +141,33 @@ def all_metrics(cluster: Cluster) -> str | None:
     return "\n".join(lines) if all(f"ray_{name}" in text for name in TRAINING_METRICS if "failed" not in name) else None
 
 
-def test_workers_killed_in_every_step_of_a_run(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_workers_killed_in_every_step_of_a_run(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     for shard, step in ((0, 0), (0, 1), (1, 2), (1, 3)):
         run.fault(shard, step, "kill")
     assert run.train() == 0
     trained = check(run, inline)
     assert trained["num_recoveries"] == 4 and len(trained["recovery_s"]) == 4
+    record_property("recovery_s", max(trained["recovery_s"]))
     assert run.steps(0) == [0, 0, 1, 0, 1, 2, 3] and run.steps(1) == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
     read = [set((run.folder / "faults" / f"{shard}-reads").read_text().split()) for shard in (0, 1)]
     assert read == [set(USERS[:2]), set(USERS[2:])]  # each worker its own shard's histories
-    logs = [path.read_bytes() for path in cluster.folder.rglob("logs/*") if path.is_file()]
-    assert logs and not any(CANARY.encode() in log for log in logs)
+    logs = [path for path in cluster.folder.rglob("logs/*") if path.is_file()]
+    assert logs and no_secrets(logs, [CANARY])
     exported = until(lambda: all_metrics(cluster), deadline_s=60)
     assert CANARY not in exported and "user-" not in exported
 
 
-def test_a_lost_worker_goes_on_from_its_checkpoint(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_a_lost_worker_goes_on_from_its_checkpoint(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     run.fault(0, 2, "kill")
     run.fault(1, 1, "terminate")  # which ends it after the step, with a checkpoint whatever the interval
     assert run.train("workers.checkpoint_every_s=0") == 0
-    assert check(run, inline)["num_recoveries"] == 2
+    trained = check(run, inline)
+    assert trained["num_recoveries"] == 2
+    record_property("recovery_s", max(trained["recovery_s"]))
     assert run.steps(0) == [0, 1, 2, 2, 3] and run.steps(1) == [0, 1, 2, 3]
 
 
@@ -188,7 +196,9 @@ def test_a_pack_out_of_memory_is_halved_and_the_result_says_so(cluster: Cluster,
     assert run.steps(1) == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_a_driver_that_is_killed_or_told_to_end(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_a_driver_that_is_killed_or_told_to_end(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     run.fault(0, 1, "wait")
     run.fault(1, 1, "wait")
     driver = run.start()
@@ -207,7 +217,9 @@ def test_a_driver_that_is_killed_or_told_to_end(cluster: Cluster, run: Run, inli
     until((run.folder / "faults" / "0-waits").exists)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL
+    began = time.monotonic()
     assert run.train() == 0
+    record_property("recovery_s", time.monotonic() - began)
     check(run, inline)
     assert run.steps(0) == [0, 1, 2, 3, 2, 3]
     assert "run the same again to continue" in (run.folder / "driver.log").read_text()
@@ -220,20 +232,25 @@ def test_requests_and_replies_lost_between_driver_and_workers(cluster: Cluster, 
     check(run, inline)
 
 
-def test_the_clusters_head_process_restarts_in_the_middle(cluster: Cluster, run: Run, inline: Run) -> None:
+def test_the_clusters_head_process_restarts_in_the_middle(
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
+) -> None:
     run.fault(0, 1, "wait")
     driver = run.start()
     until((run.folder / "faults" / "0-waits").exists)
     cluster.head_node.kill_gcs_server()
     (run.folder / "faults" / "go").touch()
     cluster.head_node.start_gcs_server()
+    began = time.monotonic()
     assert driver.wait() == 0
+    record_property("recovery_s", time.monotonic() - began)
     check(run, inline)
 
 
 def test_a_lost_node_with_no_room_elsewhere(
-    cluster: Cluster, run: Run, inline: Run, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, run: Run, inline: Run, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
+    lost: list[float] = []
     monkeypatch.setattr(pool, "ADOPT_AFTER_S", 1.0)
     node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
     run.fault(0, 0, "wait")
@@ -242,12 +259,91 @@ def test_a_lost_node_with_no_room_elsewhere(
     def lose_the_node(driver: Any) -> None:
         if len(list(run.folder.glob("faults/?-waits"))) == 2 and node in cluster.worker_nodes:
             cluster.remove_node(node, allow_graceful=False)
+            lost.append(time.monotonic())
         elif node not in cluster.worker_nodes and any(shard.stream is None for shard in driver.shards):
             (run.folder / "faults" / "go").touch()  # not before the loss is seen: its worker would finish first
 
     monkeypatch.setattr(pool._Pool, "_check_head", lose_the_node)  # called in every turn of the driver's loop
     assert run.train("workers.cpus_per_worker=2") == 0
+    record_property("recovery_s", time.monotonic() - lost[0])
     assert check(run, inline)["num_recoveries"] == 1
+
+
+@pytest.mark.chaos
+def test_an_actor_killed_through_ray(
+    cluster: Cluster,
+    run: Run,
+    inline: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
+) -> None:
+    run.fault(0, 1, "wait")
+    killed = []
+
+    def kill_it(driver: Any) -> None:
+        if (run.folder / "faults" / "0-waits").exists() and not killed:
+            ray.kill(driver.shards[0].actor, no_restart=False)
+            killed.append(driver)
+
+    monkeypatch.setattr(pool._Pool, "_check_head", kill_it)
+    assert run.train() == 0
+    trained = check(run, inline)
+    assert killed and trained["num_recoveries"] == 1 and run.steps(0) == [0, 1, 0, 1, 2, 3]
+    record_property("recovery_s", max(trained["recovery_s"]))
+
+
+@pytest.mark.chaos
+def test_two_drivers_of_one_run_at_once(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(0, 1, "wait")
+    first = run.start()
+    until((run.folder / "faults" / "0-waits").exists)
+    second = run.start()
+    until(lambda: b"another process trains this run" in (run.folder / "driver.log").read_bytes())
+    (run.folder / "faults" / "go").touch()
+    assert (first.wait(), second.wait()) == (0, 0)
+    assert check(run, inline)["num_trained"] == 0  # by the second
+    assert run.steps(0) == [0, 1, 2, 3] and run.steps(1) == [0, 1, 2, 3]
+
+
+@pytest.mark.chaos
+def test_a_user_who_does_not_fit_into_memory_fails_alone(cluster: Cluster, run: Run, inline: Run) -> None:
+    run.fault(1, 1, "allocate")  # the pack is halved
+    run.fault(1, 2, "allocate")  # and its first half is a user alone
+    assert run.train() == 1
+    trained = result(run.config, "train")
+    (failed,) = trained["failed"]
+    assert "out of memory" in trained["failed"][failed] and (trained["num_done"], trained["num_to_retry"]) == (3, 1)
+    assert run.versions() == {user_id: int(user_id != failed) for user_id in USERS}
+    assert run.train() == 0
+    assert run.versions() == dict.fromkeys(USERS, 1)
+
+
+@pytest.mark.chaos
+def test_a_full_object_store_spills(cluster: Cluster, run: Run, inline: Run) -> None:
+    parts = [np.full(20 * 2**20, number, np.uint8) for number in range(8)]
+    held = [ray.put(part) for part in parts]  # twice what the store holds
+    assert run.train() == 0
+    check(run, inline)
+    assert all(np.array_equal(ray.get(one), part) for one, part in zip(held, parts, strict=True))
+
+
+@pytest.mark.chaos
+def test_a_storm_by_a_seed(
+    cluster: Cluster,
+    run: Run,
+    inline: Run,
+    request: pytest.FixtureRequest,
+    record_property: Record,
+) -> None:
+    draw = random.Random(request.config.getoption("--chaos-seed"))
+    storm = [(shard, step, draw.choice(["kill", "terminate"])) for shard in (0, 1) for step in draw.sample(range(4), 2)]
+    record_property("schedule", storm)
+    for fault in storm:
+        run.fault(*fault)
+    assert run.train(f"workers.checkpoint_every_s={draw.choice([0, 1000])}") == 0, storm
+    trained = check(run, inline)
+    assert trained["num_recoveries"] >= 2, storm
+    record_property("recovery_s", max(trained["recovery_s"]))
 
 
 @pytest.mark.slow
@@ -268,15 +364,17 @@ def test_the_whole_line_on_three_nodes(cluster: Cluster, run: Run, inline: Run, 
 
 
 def test_a_cluster_without_a_head_ends_the_driver_and_the_run_goes_on_elsewhere(
-    cluster: Cluster, run: Run, inline: Run
+    cluster: Cluster, run: Run, inline: Run, record_property: Record
 ) -> None:
     run.fault(0, 1, "wait")
     driver = run.start()
     until((run.folder / "faults" / "0-waits").exists)
     ray.shutdown()
     cluster.head_node.kill_gcs_server()
+    began = time.monotonic()
     assert driver.wait() == 4
     (run.folder / "faults" / "go").touch()
     assert "does not answer; run the same again" in (run.folder / "driver.log").read_text()
     assert run.train("workers.num_workers=0") == 0
+    record_property("recovery_s", time.monotonic() - began)
     check(run, inline)

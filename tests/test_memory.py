@@ -61,6 +61,7 @@ def opened(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> Callable[[Config, U
     monkeypatch.setattr(memory, "load_embedder", lambda name: Letters())
 
     def open_memory(config: Config, owner: UserHistory) -> Memory:
+        vault.add_users([owner.user_id])
         made = Memories(config, vault, no_model).open(owner)
         assert made is not None
         return made
@@ -195,6 +196,7 @@ def test_vectors_are_made_once_and_made_anew_when_they_cannot_be_trusted(
     vault: Vault, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, owner = config_of(retriever="dense"), user("ann")
+    vault.add_users(["ann"])
     embedders = [Letters(), Letters(), Letters(), Letters("letters-2")]
     ready = iter(embedders)
     monkeypatch.setattr(memory, "load_embedder", lambda name: next(ready))
@@ -213,6 +215,17 @@ def test_vectors_are_made_once_and_made_anew_when_they_cannot_be_trusted(
     stored = vault.get_blob("ann", "vectors.safetensors")
     assert stored is not None and vectors_from_bytes(stored, "letters-2")[0].shape == (8, 12)
     assert "ann" not in caplog.text
+
+
+def test_what_is_made_of_a_user_who_was_forgotten_meanwhile_is_not_kept(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "load_embedder", lambda name: Letters())
+    made = Memories(config_of(retriever="dense", with_profile=True), vault, no_model).open(user("ann"))
+    assert made is not None and vault.registry.users() == [] and not list(vault.root.glob("users/*"))
+    vault.add_users(["ann"])
+    Memories(config_of(retriever="dense", with_profile=True), vault, no_model).open(user("ann"))
+    assert len(vault.blob_names(vault.user_hash("ann"))) == 2
 
 
 def test_vectors_that_are_no_numbers_and_what_is_not_there_are_refused(
@@ -234,6 +247,7 @@ def test_vectors_that_are_no_numbers_and_what_is_not_there_are_refused(
 
 def test_a_profile_is_kept_with_the_user_until_a_fifth_of_the_history_is_new(vault: Vault) -> None:
     config, owner = config_of(top_k=0, with_profile=True), user("ann", 10)
+    vault.add_users(["ann"])
 
     def profile(items: Sequence[Item], config: Config = config) -> str:
         made = Memories(config, vault, lambda prompts: [f"wrote {len(prompts)}"]).open(replace(owner, items=items))
@@ -254,6 +268,7 @@ def test_a_profile_is_kept_with_the_user_until_a_fifth_of_the_history_is_new(vau
 
 def test_a_model_writes_the_missing_profiles_in_one_batch_and_the_template_steps_in(vault: Vault) -> None:
     config, asked = config_of(top_k=0, with_profile=True, profile="base"), list[list[str]]()
+    vault.add_users(["ann", "bob", "eve"])
 
     def generate(prompts: Sequence[str]) -> list[str]:
         asked.append(list(prompts))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from oppu_ray import progress as module
 from oppu_ray.cli import main
-from oppu_ray.progress import Interrupted, format_status, progress_bar, read_status, stop_on_sigterm
+from oppu_ray.progress import Interrupted, format_status, only_driver, progress_bar, read_status, stop_on_sigterm
 
 
 def test_the_status_counts_and_says_how_the_stage_ended(tmp_path: Path) -> None:
@@ -60,3 +62,33 @@ def test_sigterm_asks_and_then_is_what_it_was_before() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert should_stop()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_driver_waits_for_the_first_or_for_the_signal_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "DRIVER_POLL_S", 0.0)
+    path, asked = tmp_path / "lock", []
+    first = ExitStack()
+    first.enter_context(only_driver(path, lambda: False))
+    with pytest.raises(Interrupted, match="another process trains this run"), only_driver(path, lambda: True):
+        raise AssertionError("two drivers at once")
+
+    def end_the_first_at_the_third_look() -> bool:
+        asked.append(1)
+        if len(asked) == 3:
+            first.close()
+        return False
+
+    with only_driver(path, end_the_first_at_the_third_look):
+        assert len(asked) == 3
+    assert capsys.readouterr().err.count("waiting until it ends") == 1
+
+
+def test_a_disk_without_locks_trains_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    with only_driver(tmp_path / "lock", lambda: False):
+        pass

@@ -124,6 +124,7 @@ class Handle:
 
     def cancel(self) -> None:
         self.num_cancelled += 1
+        raise self.error  # as Ray's does for an answer that has failed
 
     async def __aiter__(self) -> Any:
         for event in self.events:

@@ -298,6 +298,23 @@ def test_two_refreshes_at_once_and_one_of_a_forgotten_user(
     vault.close()
 
 
+def test_a_long_training_keeps_its_lease(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_config(config)
+    vault, base = open_vault(loaded), open_task_base(loaded)
+    monkeypatch.setattr(refresh, "LEASE_S", 1e-3)  # it has ended before each step
+
+    def others_may_have_it(done: int, of_all: int) -> None:
+        assert vault.registry.leaseholder(vault.user_hash("user-1")).startswith("refresh-")  # type: ignore[union-attr]
+        ends.append(done)
+
+    ends: list[int] = []
+    renew, renewed = vault.registry.renew_leases, []
+    monkeypatch.setattr(vault.registry, "renew_leases", lambda *args: (renewed.append(args), renew(*args)))
+    assert refresh_user(loaded, vault, "user-1", base, others_may_have_it).error is None
+    assert len(renewed) == len(ends) > 1
+    vault.close()
+
+
 # ---- forgetting
 
 

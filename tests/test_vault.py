@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -630,6 +632,60 @@ def test_a_full_or_failing_disk_at_every_step_is_a_clear_error(
         assert current is not None
         assert same(load(vault), make_adapter(1 if current.number == 1 else 2))
     assert [problem for problem in vault.verify() if "left over" not in problem] == []
+
+
+FULL_DISK = """
+import os, sys
+from pathlib import Path
+from vault_tools import BASE, make_adapter, make_items, make_manifest, same
+from oppu_ray.vault import Vault
+
+disk = Path(sys.argv[1])
+vault = Vault(disk / "vault")
+first = vault.commit("alice", make_adapter(1), make_manifest())
+num_refused = 0
+with open(disk / "filler", "wb", buffering=0) as filler:
+    for size in (2**15, 2**12, 2**9, 1):  # ever finer, so that commits fail at ever later steps
+        try:
+            while True:
+                filler.write(bytes(size))
+        except OSError:
+            pass
+        for write in (
+            lambda: vault.commit("alice", make_adapter(2, width=64), make_manifest()),
+            lambda: vault.append_history("alice", make_items(*map(str, range(500)))),
+        ):
+            try:
+                write()
+            except ValueError as error:
+                assert "No space left on device" in str(error) or "full" in str(error), error
+                num_refused += 1
+        assert same(vault.load("alice", base_fingerprint=BASE)[0], make_adapter(1))
+        os.truncate(filler.fileno(), max(0, filler.tell() - 5 * 2**12))
+        filler.seek(0, os.SEEK_END)
+assert num_refused >= 4, num_refused
+os.unlink(disk / "filler")
+assert vault.commit("alice", make_adapter(2), make_manifest()) != first
+vault.close()
+vault = Vault(disk / "vault")
+vault.gc(min_age_s=-1)
+assert vault.verify() == [], vault.verify()
+print("held")
+"""
+
+
+@pytest.mark.chaos
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """A tmpfs of 1 MiB in a mount namespace of its own: old versions answer, and with room again all goes on."""
+    command = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}"}
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("a disk of its own needs root and mount namespaces")
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", command, FULL_DISK], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "held\n", done.stderr
 
 
 def test_a_read_only_disk_serves_and_refuses_to_write(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
