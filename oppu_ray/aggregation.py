@@ -3,9 +3,10 @@
 In: the round's adapter and one update per shard. Out: the next adapter, and by name which shards were left out and why.
 Nothing here knows of Ray, files or text; it is numpy over named arrays.
 
-The decision a reader would question: a mean is a sum of 64-bit integers (32 bits of them after the point), not of
+The decision a reader would question: a mean is a sum of 64-bit integers (24 bits of them after the point), not of
 floats. Integer sums do not depend on the order of arrival, and masks added to them cancel without a trace, so a round
-has the same bits with secure aggregation as without, at 2**-32 of rounding and 8 bytes a number on the secure wire.
+has the same bits with secure aggregation as without, for 8 bytes a number on the secure wire. Weights are tokens, so
+what rounding loses of a mean is 2**-24 over the tokens of a round.
 
 The mean of B A is not the product of the means of A and B. `ffa` never trains A, so that the mean of B is exact
 (FFA-LoRA, arXiv 2403.12313); `product` takes the mean of the products, keeps its best factors of the adapter's rank and
@@ -25,7 +26,7 @@ import numpy as np
 from oppu_ray.config import FederatedConfig
 
 Arrays = dict[str, np.ndarray]
-FRACTION_BITS = 32
+FRACTION_BITS = 24
 BACKWARDS = -0.1
 ADAM_BETAS, ADAM_FLOOR = (0.9, 0.99), 1e-3  # Reddi et al. 2021, arXiv 2003.00295, section 5
 
@@ -85,7 +86,7 @@ def to_ring(delta_N: np.ndarray, weight: float) -> np.ndarray:
     values = np.append(delta_N.astype(np.float64), 1.0) * weight
     largest = np.abs(values).max()
     if not largest < 2.0 ** (62 - FRACTION_BITS) / 1024:  # also where it is not a number
-        raise ValueError(f"the update's largest number times its weight is {largest:g}; expected below 2**20")
+        raise ValueError(f"the update's largest number times its weight is {largest:g}; expected below 2**28")
     return np.rint(values * 2.0**FRACTION_BITS).astype(np.int64).view(np.uint64)
 
 

@@ -168,8 +168,8 @@ class PrivacyConfig:
 class FederatedConfig:
     """The task adapter in rounds over `num_shards` shards that keep their users' text; 0 trains it in one place.
 
-    In a round, the shards that take part train `local_steps` from the same adapter, as `adapt` says, and their updates
-    become the next one.
+    In each of `num_rounds`, the shards that take part train `local_steps` from the same adapter, and their updates
+    become the next. Otherwise `adapt` holds, but for its epochs and steps; its rate's schedule goes over the rounds.
 
     Args:
         split: "users" gives a shard whole users. "items" deals everybody's items to all shards by chance, which no

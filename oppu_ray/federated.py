@@ -58,7 +58,7 @@ from oppu_ray.privacy import clipped, epsilon, gaussian, is_drawn, noise_key
 from oppu_ray.progress import ClusterLost, Progress
 from oppu_ray.secure import Party, PublicKeys, Revealed, unmask
 from oppu_ray.training import Backward, PackState, UserState, attached, backward_step, learning_rate, train_pack
-from oppu_ray.workers import TASK_ADAPTER, encode_base_users, open_base
+from oppu_ray.workers import TASK_ADAPTER, encode_base_users, open_base, reason_of
 
 MAX_TRIES = 3
 
@@ -130,7 +130,7 @@ class Shard:
     def train(self, asked: Mapping[str, Any], state: RoundState | None) -> Message:
         """Train from the round's adapter and answer with the update: in the open, or masked (secure aggregation 3)."""
         assert state is not None
-        delta_N, loss, weight = self.update(state, asked["min_shards"])
+        delta_N, loss, weight = self.update(state)
         if "inbox" not in asked:
             return {"loss": loss, "weight": weight}, {"delta": delta_N}
         inbox = {int(sender): bytes.fromhex(share) for sender, share in asked["inbox"].items()}
@@ -146,7 +146,7 @@ class Shard:
             raise ValueError("it was not there when this round's keys were made")
         return self.party
 
-    def update(self, state: RoundState, min_shards: int) -> tuple[np.ndarray, float, float]:
+    def update(self, state: RoundState) -> tuple[np.ndarray, float, float]:
         """One round's training: (update [N] float32, mean loss of its steps in nats, weight).
 
         The weight is the tokens trained on. Under noise it is the number of users expected to be drawn, and the loss is
@@ -183,9 +183,12 @@ class Shard:
             total_N = np.zeros(len(before_N))
             for delta_N in deltas:
                 total_N += clipped(delta_N, federated.clip_norm)
-            # Every shard adds its part of the noise, so that the sum has enough of it if only `min_shards` answer.
-            std = federated.noise_multiplier * federated.clip_norm / math.sqrt(min_shards)
-            total_N += gaussian(self.key, f"round {state.num_rounds}", len(total_N), std)
+            # Every shard adds its part of the noise, so that the sum has enough of it if only so many answer.
+            least = quorum(federated, federated.num_shards)
+            std = federated.noise_multiplier * federated.clip_norm / math.sqrt(least)
+            # Noise is of this very state: were it of the round alone, a round run again from another would show it twice.
+            name = f"round {state.num_rounds} {hashlib.sha256(write_state(state)).hexdigest()}"
+            total_N += gaussian(self.key, name, len(total_N), std)
             weight = federated.client_share * len(self.examples)
             return (total_N / weight).astype(np.float32), 0.0, weight
         if not works:
@@ -280,12 +283,14 @@ class Host:
         }
 
     def ask(self, number: int, method: str, message: bytes, shared: bytes) -> bytes:
-        """Call `Shard.<method>`; a ValueError is an answer with `error`."""
+        """Call `Shard.<method>`; what goes wrong in it is an answer with `error`."""
         asked, _ = read_message(message)
         try:
             answer = getattr(self.shards[number], method)(asked, read_state(shared) if shared else None)
         except ValueError as error:
             answer = {"error": str(error)}, {}
+        except Exception as error:  # out of memory, say: the round goes on without this shard
+            answer = {"error": reason_of(error)}, {}
         return write_message(*answer)
 
 
@@ -318,7 +323,7 @@ class RoundRecord:
 
     Args:
         asked, took_part: The shards that were drawn, and those whose update counts.
-        found: Shard -> why it was left out, or what was done about its update.
+        found: Shard -> what went wrong: it was left out, its update cut to size, or it was lost when that was sent.
         weight: Tokens trained on; under noise, users expected to be drawn.
         loss: Mean over the shards' steps, in nats per completion token.
         num_tries: How often the round was tried until enough shards answered.
@@ -363,8 +368,7 @@ class _Round:
 
     def _open(self) -> RoundState:
         federated, record = self.config.federated, self.record
-        header = {"min_shards": self.min_shards}
-        answers = self._ask("train", {number: header for number in record.asked}, write_state(self._sent()))
+        answers = self._ask("train", {number: {} for number in record.asked}, write_state(self._sent()))
         updates = [Update(number, arrays["delta"], head["weight"]) for number, (head, arrays) in answers.items()]
         counted, found = screen([update for update in updates if update.weight], federated)
         for number, reason in found.items():
@@ -394,7 +398,6 @@ class _Round:
         headers = {
             number: {
                 **attempt,
-                "min_shards": self.min_shards,
                 "inbox": {sender: own[str(number)] for sender, own in shares.items()},
             }
             for number in shares

@@ -13,6 +13,7 @@ pass per item, each over all users of the pack.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import secrets
@@ -98,6 +99,9 @@ def private_backward(config: PrivacyConfig, pack: Sequence[UserWork], key: bytes
     of 1 and `num_looks` steps holds in whatever order items come.
     """
 
+    # Noise is of these very steps: had a user other items, no noise would be seen twice.
+    names = [f"user {work.user_id} {hashlib.sha256(repr(work.steps).encode()).hexdigest()}" for work in pack]
+
     def backward(
         bank: AdapterBank, examples: Mapping[int, Sequence[Example]], train: TrainConfig, step: int
     ) -> tuple[dict[int, float], dict[int, int]]:
@@ -118,8 +122,8 @@ def private_backward(config: PrivacyConfig, pack: Sequence[UserWork], key: bytes
             bank.zero_grad()
         for slot in examples:
             size = sum(total[slot].numel() for total in sums)
-            name = f"user {pack[slot].user_id} step {step}"
-            noise = torch.from_numpy(gaussian(key, name, size, config.noise_multiplier * config.clip_norm))
+            std = config.noise_multiplier * config.clip_norm
+            noise = torch.from_numpy(gaussian(key, f"{names[slot]} step {step}", size, std))
             for stack, total in zip(stacks, sums, strict=True):
                 part, noise = noise[: total[slot].numel()], noise[total[slot].numel() :]
                 noisy = total[slot] + part.view_as(total[slot]).to(total)

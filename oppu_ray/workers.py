@@ -247,7 +247,7 @@ class Worker:
         except Exception as error:
             if self.ranks is not ALONE:
                 raise  # the others are in the middle of this pass
-            reason = _reason(error)
+            reason = reason_of(error)
         checkpoint.remove()
         if losses := [done.last_loss for done in finished if done.error is None]:
             self.telemetry.set("oppu_train_loss", sum(losses) / len(losses))
@@ -407,7 +407,7 @@ def failed(user_id: str, reason: str, is_retryable: bool = False) -> UserDone:
     return UserDone(user_id, None, f"user {user_id!r}: {reason}", 0.0, 0.0, 0, 0, is_retryable=is_retryable)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong in training, without the error's own words: they might quote a history."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"

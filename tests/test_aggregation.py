@@ -57,7 +57,7 @@ def test_the_mean_has_the_same_bits_in_any_order_and_is_the_weighted_one() -> No
     assert from_ring(to_ring(updates[1].delta_N, 101.0))[1] == 101.0
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**20])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**28])
 def test_what_no_sum_can_hold_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="expected below 2"):
         to_ring(np.array([0.0, bad], np.float32), 1.0)
