@@ -186,7 +186,7 @@ class Shard:
             # Every shard adds its part of the noise, so that the sum has enough of it if only so many answer.
             least = quorum(federated, federated.num_shards)
             std = federated.noise_multiplier * federated.clip_norm / math.sqrt(least)
-            # Noise is of this very state: were it of the round alone, a round run again from another would show it twice.
+            # Of this very state: were it of the round alone, a round run again from another would show it twice.
             name = f"round {state.num_rounds} {hashlib.sha256(write_state(state)).hexdigest()}"
             total_N += gaussian(self.key, name, len(total_N), std)
             weight = federated.client_share * len(self.examples)
