@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from oppu_ray.core import AdapterState
 from oppu_ray.files import fetch_wheel, new_folder, oppu_home, write_atomic
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -163,7 +164,9 @@ def fingerprint_model(model: torch.nn.Module) -> str:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def merge_adapter(base: Base, adapter: AdapterState, out: Path) -> str:
+def merge_adapter(
+    base: Base, adapter: AdapterState, out: Path, residual: Mapping[str, np.ndarray] | None = None
+) -> str:
     """Writes a new base folder `out` with a LoRA merged in: W + scale * B A in float32, then cast to W's dtype.
 
     `scale` is alpha / r, or alpha / sqrt(r) for rsLoRA. The merged tensors start from the base's file, not from
@@ -175,6 +178,7 @@ def merge_adapter(base: Base, adapter: AdapterState, out: Path) -> str:
         base: What the adapter was trained on.
         adapter: A LoRA on linear layers that are not tied to another.
         out: A folder that doesn't exist yet.
+        residual: Linear -> [O, I] to add to its weight as well.
 
     Returns:
         str: the fingerprint of the merged base.
@@ -209,7 +213,8 @@ def merge_adapter(base: Base, adapter: AdapterState, out: Path) -> str:
                     f"{base.path}: the adapter's {name!r} is {b_OR.shape[0]} x {a_RI.shape[1]}; "
                     f"expected {' x '.join(map(str, linear.weight.shape))}"
                 )
-            linear.weight.copy_(linear.weight.float() + scale * (b_OR @ a_RI))
+            rest_OI = torch.from_numpy(residual[name]) if residual else 0.0
+            linear.weight.copy_(linear.weight.float() + scale * (b_OR @ a_RI) + rest_OI)
         return _write_base(model, tokenizer, partial)
 
 

@@ -154,6 +154,102 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Personal training under DP-SGD; a `noise_multiplier` of 0 trains without.
+
+    Each item's gradient is cut to the norm `clip_norm`; their sum gets noise of `noise_multiplier` times that.
+    """
+
+    noise_multiplier: float = 0.0
+    clip_norm: float = 1.0
+    delta: float = 1e-5
+
+
+@dataclass(frozen=True)
+class FederatedConfig:
+    """The task adapter in rounds over `num_shards` shards that keep their users' text; 0 trains it in one place.
+
+    In each of `num_rounds`, the shards that take part train `local_steps` from the same adapter, and their updates
+    become the next. Otherwise `adapt` holds, but for its epochs and steps; its rate's schedule goes over the rounds.
+
+    Args:
+        split: "users" gives a shard whole users. "items" deals everybody's items to all shards by chance, which no
+            real federation can: a control for experiments.
+        client: Whose update counts as one: a "shard"'s, trained on all its items, or each "user"'s.
+        client_share: Part of the clients that is drawn for a round.
+        min_shards: A round with fewer answers does not count; 0 means two thirds of those asked.
+        method: How LoRA updates become one: "ffa" (A stays as it was drawn: exact), "product" (exact mean of B A; what
+            does not fit the rank goes into the base) or "naive" (A and B each for itself).
+        ranks: Ranks of shard 0, 1, ... and from the first again, none above `adapt.peft.rank`; empty for all equal.
+        prox: FedProx's mu, the pull back to the round's adapter.
+        server: "mean" (FedAvg) or "adam" (FedOpt: the mean update is a gradient to Adam at `server_rate`).
+        robust: Against poisoned updates: "none", "clip" (to `robust_factor` times the median norm) or "trim" (the mean
+            without the `trim_share` largest and smallest of every number). Both leave out what points backwards.
+        secure: Only sums of updates reach the server.
+        noise_multiplier: Differential privacy of users, with client "user": 0 is none.
+        clip_norm: Under it, largest norm of one user's update.
+        round_timeout_s: Shards that have not answered by then are left out of the round.
+    """
+
+    num_shards: int = 0
+    num_rounds: int = 10
+    local_steps: int = 4
+    split: str = "users"
+    client: str = "shard"
+    client_share: float = 1.0
+    min_shards: int = 0
+    method: str = "ffa"
+    ranks: tuple[int, ...] = ()
+    prox: float = 0.0
+    server: str = "mean"
+    server_rate: float = 1e-3
+    robust: str = "none"
+    robust_factor: float = 2.0
+    trim_share: float = 0.2
+    secure: bool = False
+    noise_multiplier: float = 0.0
+    clip_norm: float = 0.1
+    delta: float = 1e-5
+    round_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, known in _FEDERATED_CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"federated.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
+        for name in ("client_share", "round_timeout_s", "robust_factor", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"federated.{name} is {getattr(self, name)}; expected more than 0")
+        if not 0 <= self.trim_share < 0.5:
+            raise ValueError(f"federated.trim_share is {self.trim_share}; expected at least 0 and below 0.5")
+        clashes = [
+            (self.method == "product", "method product", self.secure, "secure: masks hide the factors"),
+            (
+                self.method == "product",
+                "method product",
+                self.client == "user",
+                "client user: a shard sends one adapter",
+            ),
+            (self.method == "product", "method product", self.server == "adam", "server adam: it moves A and B"),
+            (self.method == "product", "method product", self.robust == "trim", "robust trim: it looks at A and B"),
+            (self.secure, "secure", self.robust != "none", f"robust {self.robust}: masked updates cannot be compared"),
+            (self.noise_multiplier > 0, "noise_multiplier", self.client != "user", "client shard: users are protected"),
+            (self.noise_multiplier > 0, "noise_multiplier", self.split == "items", "split items: it deals users out"),
+        ]
+        for one, name, other, reason in clashes:
+            if one and other:
+                raise ValueError(f"federated.{name} does not go with federated.{reason}")
+
+
+_FEDERATED_CHOICES = {
+    "split": ("users", "items"),
+    "client": ("shard", "user"),
+    "method": ("ffa", "product", "naive"),
+    "server": ("mean", "adam"),
+    "robust": ("none", "clip", "trim"),
+}
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Which arms answer, and how. `max_users` 0 means all targets."""
 
@@ -232,7 +328,9 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     adapt: TrainConfig = field(default_factory=TrainConfig)
+    federated: FederatedConfig = field(default_factory=FederatedConfig)
     personal: TrainConfig = field(default_factory=TrainConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)

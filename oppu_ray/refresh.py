@@ -20,6 +20,7 @@ from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import UserDone, UserHistory
 from oppu_ray.packing import plan_user, user_seed
+from oppu_ray.privacy import private_backward
 from oppu_ray.registry import UserHash
 from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault
@@ -76,7 +77,9 @@ def refresh_user(
             if progress:
                 progress(done, len(work.steps))
 
-        (result,) = train_pack(base.model, [work], config.personal, advance)
+        is_private = config.privacy.noise_multiplier > 0
+        backward = private_backward(config.privacy, [work], secrets.token_bytes(32)) if is_private else None
+        (result,) = train_pack(base.model, [work], config.personal, advance, backward=backward)
         version = None
         if result.adapter is not None:
             adapter, manifest = with_lineage(config, base, result, tuple(item.item_id for item in items), seed)

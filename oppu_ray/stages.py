@@ -27,11 +27,13 @@ from oppu_ray.checkpoints import remove_checkpoints
 from oppu_ray.config import Config, MemoryConfig, to_dict
 from oppu_ray.core import Pack, Prediction, TrainResult
 from oppu_ray.evaluation import Arm, answer_by_habit, format_table, parse_arm, summarise
+from oppu_ray.federated import drop_states, format_summary, summarise_rounds, train_rounds
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.packing import num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
+from oppu_ray.privacy import epsilon, num_looks
 from oppu_ray.progress import Progress, only_driver, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
@@ -83,15 +85,26 @@ def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
             to_dict(config)["task"],
             config.seed,
             *config.memory.recipe.items(),
+            *([to_dict(config)["federated"]] if config.federated.num_shards else []),
         )
-        target = folder / f"base-{task_id}"
+        target, rounds = folder / f"base-{task_id}", folder / f"rounds-{task_id}"
         result["fingerprints"] |= {"base": base.fingerprint, "histories": index.fingerprint}
         result["task_base"] = str(base.path if not index.sizes("base") else target)
         if not index.sizes("base"):
             print("no base users: personal adapters stand on the base model itself")
             result["fingerprints"]["task_base"] = base.fingerprint
             return result
-        if not target.exists():
+        if config.federated.num_shards:
+            if not target.exists():
+                with progress_bar(
+                    "federated rounds", config.federated.num_rounds, "round", _folder(config, ""), "adapt"
+                ) as progress:
+                    adapter, residual = train_rounds(config, index, base, rounds, progress)
+                merge_adapter(base, adapter, target, residual)
+            drop_states(rounds)
+            result["federated"] = summarise_rounds(config, index, rounds)
+            print(format_summary(result["federated"]))
+        elif not target.exists():
             trained = _train_task_adapter(config, index, base)
             if trained.adapter is None:
                 raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
@@ -128,6 +141,8 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config) -> dict[str, Any]:
+    if config.privacy.noise_multiplier and config.base.sharding != "none":
+        raise ValueError("privacy.noise_multiplier needs each item's own gradient; expected base.sharding=none")
     index, task_base, run_id = _plan(config)
     shards = _shards(config, index)
     num_users, num_packs = len(index.sizes("target")), sum(map(len, shards))
@@ -170,6 +185,9 @@ def _train(config: Config) -> dict[str, Any]:
             "useful_tokens_per_s": num_tokens / elapsed,
             "users_per_hour": 3600 * num_trained / elapsed,
         }
+        if config.privacy.noise_multiplier:
+            result["privacy"] = _personal_privacy(config, index)
+            print("epsilon {epsilon:.2f} at delta {delta:g}, for any one item".format(**result["privacy"]))
         before = f" ({num_done - num_trained} of them before)" if num_done > num_trained else ""
         again = f" ({num_to_retry} may succeed when run again)" if num_to_retry else ""
         print(
@@ -177,6 +195,14 @@ def _train(config: Config) -> dict[str, Any]:
             f"{num_tokens / elapsed:.0f} tokens/s"
         )
     return result
+
+
+def _personal_privacy(config: Config, index: Index) -> dict[str, Any]:
+    privacy, personal = config.privacy, config.personal
+    sizes = [size.num_items for size in index.sizes("target")]
+    looks = max(num_looks(num_steps(num, personal), num, personal.items_per_step) for num in sizes)
+    cost = epsilon(privacy.noise_multiplier, 1.0, looks, privacy.delta)
+    return {"unit": "item", "epsilon": cost, "delta": privacy.delta}
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -285,7 +311,8 @@ def _plan(config: Config) -> tuple[Index, Path, str]:
     values = to_dict(config)
     task_base = adapted["fingerprints"]["task_base"]
     parts = index.fingerprint, task_base, values["personal"], values["task"], config.seed
-    run_id = _digest(*parts, *config.memory.recipe.items())
+    privacy = [values["privacy"]] if config.privacy.noise_multiplier else []
+    run_id = _digest(*parts, *config.memory.recipe.items(), *privacy)
     return index, Path(adapted["task_base"]), run_id
 
 

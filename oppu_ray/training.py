@@ -30,6 +30,10 @@ from oppu_ray.packing import Stream, build_stream, make_rows, plan_passes, virtu
 
 HEAD_CHUNK = 256
 Progress = Callable[[int, int], None]
+Backward = Callable[
+    [AdapterBank, Mapping[int, Sequence[Example]], TrainConfig, int], tuple[dict[int, float], dict[int, int]]
+]
+"""Adds each slot's gradient to the bank; see `backward_step`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def train_pack(
     state: PackState | None = None,
     between_steps: Callable[[Callable[[], PackState]], None] | None = None,
     ranks: Ranks = ALONE,
+    backward: Backward | None = None,
 ) -> Generator[TrainResult]:
     """Train every user of a pack from start to end.
 
@@ -87,13 +92,14 @@ def train_pack(
         between_steps: Called between two steps, when all results so far are yielded, with a function that takes the
             state; it may raise to stop.
         ranks: Who computes the passes.
+        backward: In the place of `backward_step`, where ranks do not share a step.
 
     Yields:
         One result per user. A user whose loss or gradient is not finite gets an error instead of an adapter; the
         others are untouched by it.
     """
     with attached(model, pack, config) as bank:
-        yield from _train(bank, pack, config, progress, state, between_steps, ranks)
+        yield from _train(bank, pack, config, progress, state, between_steps, ranks, backward)
 
 
 @contextmanager
@@ -122,6 +128,7 @@ def _train(
     state: PackState | None,
     between_steps: Callable[[Callable[[], PackState]], None] | None,
     ranks: Ranks,
+    backward: Backward | None,
 ) -> Generator[TrainResult]:
     users = {slot: user for slot, user in enumerate(pack) if state is None or user.user_id in state.users}
     losses: dict[int, list[float]] = {slot: [] for slot in users}
@@ -139,7 +146,10 @@ def _train(
         if not users:
             return
         examples = {slot: user.steps[step] for slot, user in users.items()}
-        step_losses, step_tokens = backward_step(bank, examples, config, step, ranks)
+        if backward:
+            step_losses, step_tokens = backward(bank, examples, config, step)
+        else:
+            step_losses, step_tokens = backward_step(bank, examples, config, step, ranks)
         rates = {slot: learning_rate(config, step, len(user.steps)) for slot, user in users.items()}
         norms = bank.adam_step(rates, step + 1, config.clip_norm, config.weight_decay)
         bank.zero_grad()

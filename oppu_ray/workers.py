@@ -33,9 +33,11 @@ from oppu_ray.layers import fuse_layers
 from oppu_ray.memory import Memories, Memory
 from oppu_ray.packing import encode, plan_user, user_seed
 from oppu_ray.pairs import make_pairs
-from oppu_ray.prepared import read_index, read_users
+from oppu_ray.prepared import Index, read_index, read_users
+from oppu_ray.privacy import noise_key, private_backward
 from oppu_ray.progress import Interrupted, Progress
 from oppu_ray.registry import Lease, Refused
+from oppu_ray.secure import derive
 from oppu_ray.tasks import get_task
 from oppu_ray.telemetry import Telemetry
 from oppu_ray.training import ALONE, PackState, Ranks, train_pack
@@ -100,6 +102,8 @@ class Worker:
         self.task_base_path, self.ranks = task_base, ranks
         self.telemetry, self.should_stop = telemetry or Telemetry(run_id), should_stop
         self._bases: dict[Path | None, Base] = {task_base: opened} if opened else {}
+        is_private = config.privacy.noise_multiplier > 0
+        self._noise = derive(noise_key(self.run_dir / "noise.key"), b"run", run_id.encode()) if is_private else None
 
     def _base(self, path: Path | None) -> Base:
         if path not in self._bases:
@@ -232,8 +236,9 @@ class Worker:
                 raise Interrupted("stopped between two steps; the pack goes on from its checkpoint")
 
         reason, config = None, self.config.personal
+        backward = private_backward(self.config.privacy, works, self._noise) if self._noise else None
         try:
-            for result in train_pack(base.model, works, config, step_done, state, between_steps, self.ranks):
+            for result in train_pack(base.model, works, config, step_done, state, between_steps, self.ranks, backward):
                 done = self._finish(result, base, item_ids[result.user_id], leases)
                 finished.append(done)
                 yield done
@@ -242,7 +247,7 @@ class Worker:
         except Exception as error:
             if self.ranks is not ALONE:
                 raise  # the others are in the middle of this pass
-            reason = _reason(error)
+            reason = reason_of(error)
         checkpoint.remove()
         if losses := [done.last_loss for done in finished if done.error is None]:
             self.telemetry.set("oppu_train_loss", sum(losses) / len(losses))
@@ -309,7 +314,9 @@ def with_lineage(
         base_fingerprint=base.fingerprint,
         task_fingerprint="" if base.path == prepare_base(config.base) else base.path.name,
         item_ids=item_ids,
-        recipe=to_dict(config.personal) | ({"memory": config.memory.recipe} if config.memory.name else {}),
+        recipe=to_dict(config.personal)
+        | ({"memory": config.memory.recipe} if config.memory.name else {})
+        | ({"privacy": to_dict(config.privacy)} if config.privacy.noise_multiplier else {}),
         seed=seed,
         metrics={"first_loss": result.losses[0], "last_loss": result.losses[-1]},
         run_id=run_id,
@@ -329,18 +336,24 @@ def encode_user(config: Config, user: UserHistory, base: Base, memory: Memory | 
 
 def task_work(config: Config, base: Base) -> UserWork:
     """All base users' items as the work of one: that of the task adapter."""
-    folder = Path(config.run_dir) / "prepare"
-    index = read_index(folder)
-    users = read_users(folder, index, [size.user_id for size in index.sizes("base")])
+    index = read_index(Path(config.run_dir) / "prepare")
+    encoded = encode_base_users(config, base, index, [size.user_id for size in index.sizes("base")])
+    examples = [example for own in encoded.values() for example in own]
+    return plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
+
+
+def encode_base_users(config: Config, base: Base, index: Index, user_ids: Sequence[str]) -> dict[str, list[Example]]:
+    """User to the examples that their items are for the task adapter."""
+    users = read_users(Path(config.run_dir) / "prepare", index, user_ids)
     vault = open_vault(config)
     if config.memory.name:  # what is made from their histories is kept in the vault
         vault.add_users([user.user_id for user in users])
     memories = Memories(config, vault, profile_writer(config))
     memories.write_profiles(users)
     adapting = replace(config, personal=config.adapt)
-    examples = [example for user in users for example in encode_user(adapting, user, base, memories.open(user))]
+    examples = {user.user_id: encode_user(adapting, user, base, memories.open(user)) for user in users}
     vault.close()
-    return plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
+    return examples
 
 
 def run_units(
@@ -396,7 +409,7 @@ def failed(user_id: str, reason: str, is_retryable: bool = False) -> UserDone:
     return UserDone(user_id, None, f"user {user_id!r}: {reason}", 0.0, 0.0, 0, 0, is_retryable=is_retryable)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong in training, without the error's own words: they might quote a history."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
