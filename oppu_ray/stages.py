@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from oppu_ray import __version__
+from oppu_ray.adapter_files import TENSORS_NAME
 from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
 from oppu_ray.config import Config, MemoryConfig, to_dict
@@ -168,6 +169,7 @@ def _train(config: Config) -> dict[str, Any]:
             "num_tokens": num_tokens,
             "useful_tokens_per_s": num_tokens / elapsed,
             "users_per_hour": 3600 * num_trained / elapsed,
+            "adapter_bytes": _adapter_bytes(config, run_id, index),
         }
         before = f" ({num_done - num_trained} of them before)" if num_done > num_trained else ""
         again = f" ({num_to_retry} may succeed when run again)" if num_to_retry else ""
@@ -176,6 +178,15 @@ def _train(config: Config) -> dict[str, Any]:
             f"{num_tokens / elapsed:.0f} tokens/s"
         )
     return result
+
+
+def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:
+    """Mean size of this run's adapters on disk."""
+    with closing(open_vault(config)) as vault:
+        hashes = [vault.user_hash(size.user_id) for size in index.sizes("target")]
+        found = [(user, version) for user in hashes if (version := vault.registry.unit_version(run_id, user))]
+        folders = [vault.user_folder(user) / "adapters" / version for user, version in found]
+    return sum((folder / TENSORS_NAME).stat().st_size for folder in folders) / max(1, len(folders))
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -215,6 +226,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         order = {arm.name: number for number, arm in enumerate(arms)}
         predictions.sort(key=lambda prediction: (order[prediction.arm], prediction.user_id))
         result["fingerprints"] |= {"histories": index.fingerprint, "run": plans[config.memory][2]}
+        result["fingerprints"]["evaluations"] = evaluation_ids
+        result["history"] = {user_id: index.entries[user_id].size.num_items for user_id in user_ids}
         result |= summarise(task, predictions, config.evaluate.num_bootstrap, config.seed)
         print(format_table(task, result))
     return result
@@ -284,7 +297,7 @@ def _plan(config: Config) -> tuple[Index, Path, str]:
     values = to_dict(config)
     task_base = adapted["fingerprints"]["task_base"]
     parts = index.fingerprint, task_base, values["personal"], values["task"], config.seed
-    run_id = _digest(*parts, *config.memory.recipe.items())
+    run_id = _digest(*parts, *config.memory.recipe.items(), *config.study.recipe.items())
     return index, Path(adapted["task_base"]), run_id
 
 

@@ -26,11 +26,11 @@ import torch
 from oppu_ray import evaluation
 from oppu_ray.base_model import Base, load_base, prepare_base
 from oppu_ray.checkpoints import Checkpoint
-from oppu_ray.config import Config, to_dict
+from oppu_ray.config import Config, StudyConfig, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDone, UserHistory, UserWork
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
-from oppu_ray.memory import Memories, Memory
+from oppu_ray.memory import Memories, Memory, choose_items
 from oppu_ray.packing import encode, plan_user, user_seed
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import read_index, read_users
@@ -132,10 +132,11 @@ class Worker:
             works, item_ids = [], {}
             kept: list[UserHistory] = []
             for user in read_users(self.run_dir / "prepare", self.index, tuple(leases)):
-                item_ids[user.user_id] = tuple(item.item_id for item in user.items)
+                learnt = choose_items(self.config, user)
+                item_ids[user.user_id] = tuple(item.item_id for item in learnt.items)
                 try:
                     self._keep_history(user, leases[user.user_id])
-                    kept.append(user)
+                    kept.append(learnt)
                 except ValueError as error:
                     yield failed(user.user_id, str(error))
             self.memories.write_profiles(kept)
@@ -309,7 +310,9 @@ def with_lineage(
         base_fingerprint=base.fingerprint,
         task_fingerprint="" if base.path == prepare_base(config.base) else base.path.name,
         item_ids=item_ids,
-        recipe=to_dict(config.personal) | ({"memory": config.memory.recipe} if config.memory.name else {}),
+        recipe=to_dict(config.personal)
+        | ({"memory": config.memory.recipe} if config.memory.name else {})
+        | config.study.recipe,
         seed=seed,
         metrics={"first_loss": result.losses[0], "last_loss": result.losses[-1]},
         run_id=run_id,
@@ -320,7 +323,7 @@ def with_lineage(
 
 def encode_user(config: Config, user: UserHistory, base: Base, memory: Memory | None = None) -> list[Example]:
     """A user's items as tokenised training examples."""
-    pairs = make_pairs(get_task(config.task), user.items, config.task)
+    pairs = make_pairs(get_task(config.task), user.items, config.task, config.study.pairs)
     if memory:
         pairs = memory.add_past(pairs)
     max_length = config.personal.max_length + config.memory.num_extra_tokens
@@ -335,7 +338,7 @@ def task_work(config: Config, base: Base) -> UserWork:
     vault = open_vault(config)
     memories = Memories(config, vault, profile_writer(config))
     memories.write_profiles(users)
-    adapting = replace(config, personal=config.adapt)
+    adapting = replace(config, personal=config.adapt, study=StudyConfig())
     examples = [example for user in users for example in encode_user(adapting, user, base, memories.open(user))]
     vault.close()
     return plan_user(TASK_ADAPTER, user_seed(config.seed, TASK_ADAPTER), examples, config.adapt)
