@@ -103,10 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "evaluate" and options.suite:
             overrides = [str(options.config)] * (options.config is not None) + options.overrides
             return _suite(options.suite, overrides)
-        if options.config is None:
-            parser.error(f"{options.command}: expected a YAML file, e.g. jobs/configs/demo.yaml")
         if options.command == "status":
             return _status(options.run, options.overrides, options.watch)
+        if options.config is None:
+            parser.error(f"{options.command}: expected a YAML file, e.g. jobs/configs/demo.yaml")
         return run_stage(options.command, options.config, options.overrides)
     except ValueError as error:
         print(f"oppu: {error}", file=sys.stderr)

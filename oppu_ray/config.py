@@ -404,9 +404,11 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
+        section = values.setdefault(key, {})
+        if not isinstance(section, dict):
             raise ValueError(f"override {override!r}: {key!r} is not a section")
+        values[key] = dict(section)  # a YAML alias makes one section of two: only this one is meant
+        values = values[key]
     values[keys[-1]] = value
 
 

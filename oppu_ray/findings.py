@@ -28,7 +28,7 @@ from oppu_ray.tasks import Task, get_task
 SMALLEST_GAIN = {"accuracy": 0.02, "mae": 0.05, "rougeL": 0.01, "nll": 0.02}
 """What a gain must be to matter, per metric: two answers in a hundred, a twentieth of a point, 2 % of perplexity."""
 SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = "supported", "not supported", "too little data"
-MAIN = "main"
+MAIN, ORDINARY = "main", "ordinary"
 NUM_BINS = 3
 CLAIMS = {
     "personal": "a user's own adapter beats the task-adapted model that all share",
@@ -103,6 +103,8 @@ def _load_run(folder: Path, set_name: str, study: str, variant: str) -> Run:
                     predictions.append(Prediction(**values))
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise ValueError(f"{path}: line {number}: expected an answer as `oppu evaluate` writes it") from None
+    if not predictions:
+        raise ValueError(f"{path}: holds no answers of its result.json; expected what `oppu evaluate` left")
     config = from_dict(result["config"])
     return Run(
         folder, set_name, config.seed, study, variant, get_task(config.task), result, answers_by_arm(predictions)
@@ -146,7 +148,7 @@ def find(runs: Sequence[Run], suites: Sequence[dict[str, Any]], num_resamples: i
                 variants[run.variant] = _find_variant(same, reference, num_resamples)
     for study in studies.values():
         for name, variants in study.items():
-            study[name] = {"all": _as_variant(mains[name], num_resamples), **variants}
+            study[name] = {ORDINARY: _as_variant(mains[name], num_resamples), **variants}
     findings = {"sets": sets, "studies": studies, "cost": _cost(suites)}
     return {**findings, "claims": _claims(findings), "hardware": runs[0].result["hardware"]}
 
@@ -329,7 +331,7 @@ def _claims(findings: dict[str, Any]) -> list[dict[str, Any]]:
     for study, of_sets in findings["studies"].items():
         for name, variants in of_sets.items():
             for variant, gains in variants.items():
-                if variant != "all":
+                if variant != ORDINARY:
                     add(study, name, variant, gains)
     families: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:

@@ -16,11 +16,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 OWN, SHARED, CONTROL, HABIT = "#0b6e99", "#6b7280", "#c4572e", "#a98600"
 LINES = ("#0b6e99", "#c4572e", "#2f855a", "#8b5cf6", "#a98600", "#d53f8c", "#4a5568", "#00a3a3", "#7b341e")
 UNITS = {"accuracy": "accuracy", "mae": "MAE, points", "rougeL": "ROUGE-L", "nll": "nats per token"}
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def _forest(axis: Axes, title: str, rows: Sequence[Row]) -> None:
     axis.set_ylim(0.4, len(rows) + 0.6)
     axis.set_title(title, loc="left")
     axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def concentration_curves(curves: dict[str, list[float]]) -> bytes:
@@ -69,9 +71,9 @@ def concentration_curves(curves: dict[str, list[float]]) -> bytes:
         for (name, curve), colour in zip(sorted(curves.items()), _colours(), strict=False):
             shares = [0, *((place + 1) / len(curve) for place in range(len(curve)))]
             axis.plot(shares, [0, *curve], color=colour, linewidth=1.6, label=name)
-        axis.set_ylim(0, 2)
+        axis.set_ylim(0, min(2.0, 0.1 + max(max(curve) for curve in curves.values())))
         axis.set(xlabel="share of users, those who gain most first", ylabel="share of the summed gain in likelihood")
-        axis.legend(frameon=False, fontsize=8, ncols=2)
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
         return _png(figure)
 
 

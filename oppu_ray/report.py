@@ -19,7 +19,7 @@ from typing import Any
 from oppu_ray import plots
 from oppu_ray.evaluation import HEURISTIC_ARMS, explain, parse_arm
 from oppu_ray.files import write_atomic
-from oppu_ray.findings import CLAIMS, NOT_SUPPORTED, SMALLEST_GAIN, SUPPORTED, TOO_LITTLE, find, load_runs
+from oppu_ray.findings import CLAIMS, NOT_SUPPORTED, ORDINARY, SMALLEST_GAIN, SUPPORTED, TOO_LITTLE, find, load_runs
 from oppu_ray.plots import CONTROL, HABIT, OWN, SHARED, UNITS, Row
 
 NUM_RESAMPLES = 10_000
@@ -35,6 +35,9 @@ BESIDE = {
 """By LaMP task: gain of the personal adapter over task adapter and retrieval in an independent re-run of OPPU's release
 (SmolLM3-3B, OPPU's data and scorer; "Fine-Tuning a 3B-Parameter LLM on a Smartphone", 2026, code gordofreemo/
 mobile_LoRA_ft); OPPU on Llama-2-7B, and a shared stage alone, as PerFit (ICLR 2026) prints them: second-hand."""
+
+
+COLOURS = "blue with the own adapter, grey shared, orange another user's adapter, ochre no model"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def compose(findings: dict[str, Any]) -> tuple[list[Block], dict[str, bytes]]:
         *_picture(pictures, "gains.png", "Gain of the own adapter over the task-adapted model", _gain_panels(sets), 2),
         *_personal_tables(findings),
         Block("heading", "Every arm"),
-        *_picture(pictures, "arms.png", "Gain of every arm over the task-adapted model", _arm_panels(sets), 3),
+        *_picture(
+            pictures, "arms.png", "Gain of every arm over the task-adapted model: " + COLOURS, _arm_panels(sets), 3
+        ),
         *_arm_tables(sets),
         Block("heading", "Beside the paper"),
         *_beside(findings),
@@ -190,7 +195,7 @@ def _arm_panels(sets: dict[str, Any]) -> list[tuple[str, list[Row]]]:
             if f"{arm}/task" in found["comparisons"] and arm != "base"
         ]
         if rows:
-            panels.append((f"{name}: {UNITS[found['metric']]}", rows))
+            panels.append((f"{name}: gain in {UNITS[found['metric']]}", rows))
     return panels
 
 
@@ -285,7 +290,7 @@ def _studies(findings: dict[str, Any], pictures: dict[str, bytes]) -> list[Block
         for name, variants in of_sets.items():
             metric = next(iter(variants.values()))["metric"]
             for measure in (metric, "nll"):
-                shown = [Row(variant, found[measure], SHARED if variant == "all" else OWN)
+                shown = [Row(variant, found[measure], SHARED if variant == ORDINARY else OWN)
                          for variant, found in variants.items()]  # fmt: skip
                 panels.append((f"{name}: gain in {UNITS[measure]}", shown))
             for variant, found in variants.items():
@@ -301,7 +306,7 @@ def _studies(findings: dict[str, Any], pictures: dict[str, bytes]) -> list[Block
         blocks += [
             Block("heading", f"Study: {title}"),
             Block("text", f"The claim: {CLAIMS.get(study, title)}. Gains are over the task-adapted model; "
-                  "\"all\" is the ordinary run."),
+                  "the ordinary run is grey."),
             *_picture(pictures, f"{study}.png", f"{title}: gain over the task-adapted model", panels, 2),
             Block("table", head=head, rows=tuple(rows)),
         ]  # fmt: skip
@@ -331,10 +336,9 @@ def reasons(row: dict[str, Any], found: dict[str, Any], claims: list[dict[str, A
     said = [f"The own adapter changed {main['changed']:.0%} of the answers, by {gain['mean']:+.3f} on average."]
     nll = main["nll"]
     if verdicts.get(("personal", "nll")) == SUPPORTED:
-        said.append(
-            f"It does predict the person better ({nll['mean']:+.3f} nats per token): what it has learnt moves "
-            "probabilities, not yet the most likely answer."
-        )
+        moved = main["changed"] >= 0.25
+        so = "the answers it changes come no nearer to the person's" if moved else "seldom the most likely answer"
+        said.append(f"It does predict the person better ({nll['mean']:+.3f} nats per token): probabilities move, {so}.")
     elif nll["mean"] < 0:
         said.append(f"Likelihood falls, too ({nll['mean']:+.3f}): it learns its few items by heart.")
     if verdicts.get(("own", "nll")) not in (SUPPORTED, None):
@@ -401,8 +405,7 @@ def _picture(
     if not panels:
         return []
     pictures[name] = plots.forests(panels, min(columns, len(panels)))
-    thick = "thick: 95 % interval over queries; thin: over users"
-    return [Block("picture", f"{text} ({thick})", name=name)]
+    return [Block("picture", f"{text} (thick: 95 % interval over queries; thin: over users)", name=name)]
 
 
 # --- how figures are written
@@ -485,7 +488,7 @@ def to_html(blocks: Sequence[Block], pictures: dict[str, bytes]) -> str:
 
 
 def _cell(text: str) -> str:
-    name = next((css for verdict, css in _CSS.items() if text.startswith(verdict)), "")
+    name = _CSS.get(text.partition(" (")[0], "long" if len(text) > 60 else "")
     return f'<td class="{name}">{html.escape(text)}</td>' if name else f"<td>{html.escape(text)}</td>"
 
 
@@ -503,7 +506,9 @@ h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top:
 p { max-width: 46rem }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e5e7eb }
+th, td { padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top; white-space: nowrap }
+td { border-bottom: 1px solid #e5e7eb }
+td.long { white-space: normal; min-width: 24rem }
 th { color: #4b5563; font-weight: 600; border-bottom: 2px solid #cbd5e1 }
 td.yes { color: #046c4e } td.no { color: #9b2c2c } td.open { color: #8a6100 }
 figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }

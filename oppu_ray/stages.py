@@ -185,8 +185,9 @@ def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:
     with closing(open_vault(config)) as vault:
         hashes = [vault.user_hash(size.user_id) for size in index.sizes("target")]
         found = [(user, version) for user in hashes if (version := vault.registry.unit_version(run_id, user))]
-        folders = [vault.user_folder(user) / "adapters" / version for user, version in found]
-    return sum((folder / TENSORS_NAME).stat().st_size for folder in folders) / max(1, len(folders))
+        paths = [vault.user_folder(user) / "adapters" / version / TENSORS_NAME for user, version in found]
+    sizes = [path.stat().st_size for path in paths if path.exists()]  # not where it is quarantined
+    return sum(sizes) / max(1, len(sizes))
 
 
 def evaluate(config: Config) -> dict[str, Any]:

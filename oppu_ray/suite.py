@@ -159,8 +159,13 @@ def run_suite(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 def is_done(unit: Unit) -> bool:
     """Whether the unit was evaluated with this very config."""
+    result = _evaluated(unit)
+    return bool(result) and result["config"] == json.loads(json.dumps(to_dict(unit.config)))
+
+
+def _evaluated(unit: Unit) -> dict[str, Any]:
     path = Path(unit.config.run_dir) / "evaluate" / "result.json"
-    return path.exists() and json.loads(path.read_text())["config"] == json.loads(json.dumps(to_dict(unit.config)))
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def run_unit(unit: Unit, top: Path) -> int:
@@ -234,10 +239,10 @@ def _write_result(suite: Suite, units: list[Unit], top: Path, failed: dict[str, 
 def _alone(unit: Unit, times: dict[str, dict[str, float]]) -> float:
     """Seconds that the unit's arms would take one by one, each as a run of its own that shares nothing."""
     own, shared = times[unit.folder], times[unit.main or unit.folder]
-    seconds = own.get("evaluate", 0.0)
-    if not seconds:
-        return sum(own.values())  # not there yet: it has saved nothing
-    for name in unit.config.evaluate.arms:
+    if not is_done(unit):
+        return sum(own.values())  # it has saved nothing yet
+    seconds = own["evaluate"]
+    for name in _evaluated(unit)["arms"]:
         arm = parse_arm(name)
         kind = dataclasses.replace(unit.config.memory, top_k=arm.top_k, with_profile=arm.with_profile).name
         seconds += shared.get("prepare", 0.0)

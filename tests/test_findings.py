@@ -178,8 +178,10 @@ def test_a_variant_is_held_against_the_main_runs_shared_model(tmp_path: Path) ->
     units = [("main", "main", ""), ("ia3", "peft_methods", "ia3"), ("to_do", "peft_methods", "prompt")]
     findings = found([write_suite(tmp_path, units)])
     variants = findings["studies"]["peft_methods"]["films"]
-    assert list(variants) == ["all", "ia3"]
-    assert variants["ia3"]["nll"]["mean"] == pytest.approx(0.1) and variants["all"]["nll"]["mean"] == pytest.approx(0.5)
+    assert list(variants) == ["ordinary", "ia3"]
+    assert variants["ia3"]["nll"]["mean"] == pytest.approx(0.1) and variants["ordinary"]["nll"][
+        "mean"
+    ] == pytest.approx(0.5)
     assert (variants["ia3"]["adapter_bytes"], variants["ia3"]["s_per_user"]) == (1e5, 2.0)
     assert {row["variant"] for row in rows(findings, "peft_methods")} == {"ia3"}
     assert findings["cost"] == {"elapsed_s": 30.0, "unshared_s": 120.0, "saved_share": 0.75}
