@@ -29,7 +29,8 @@ SMALLEST_GAIN = {"accuracy": 0.02, "mae": 0.05, "rougeL": 0.01, "nll": 0.02}
 """What a gain must be to matter, per metric: two answers in a hundred, a twentieth of a point, 2 % of perplexity."""
 SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = "supported", "not supported", "too little data"
 MAIN, ORDINARY = "main", "ordinary"
-NUM_BINS = 3
+MIN_USERS_PER_BIN = 12  # with fewer, the test over users could hardly find anything: 2 / 2 ** 12 is its least p-value
+SHORT_TO_LONG = {2: ("short histories", "long histories"), 3: ("short histories", "middle", "long histories")}
 CLAIMS = {
     "personal": "a user's own adapter beats the task-adapted model that all share",
     "own": "it is the user's own: another user's adapter does worse",
@@ -71,8 +72,11 @@ class Run:
 def load_runs(folders: Sequence[Path]) -> tuple[list[Run], list[dict[str, Any]]]:
     """The evaluated runs in `folders`, each a run's or a suite's, and the suites' own results.
 
+    Runs of one set on several bases are several sets, named after both.
+
     Raises:
-        ValueError: A folder holds no evaluated run, or a file in it is not what an evaluation leaves.
+        ValueError: A folder holds no evaluated run, a file in it is not what an evaluation leaves, or two runs have one
+            name.
     """
     runs, suites = [], []
     for folder in folders:
@@ -86,7 +90,18 @@ def load_runs(folders: Sequence[Path]) -> tuple[list[Run], list[dict[str, Any]]]
             runs.append(_load_run(folder, folder.resolve().name, MAIN, ""))
     if not runs:
         raise ValueError(f"{', '.join(map(str, folders))}: no run has been evaluated yet")
+    if len({_base(run) for run in runs}) > 1:
+        runs = [dataclasses.replace(run, set_name=f"{run.set_name} on {_base(run)}") for run in runs]
+    names: dict[tuple[str, int, str, str], Path] = {}
+    for run in runs:
+        first = names.setdefault((run.set_name, run.seed, run.study, run.variant), run.folder)
+        if first != run.folder:
+            raise ValueError(f"{run.folder}: {run.set_name} with seed {run.seed} is there twice, first in {first}")
     return runs, suites
+
+
+def _base(run: Run) -> str:
+    return Path(run.result["config"]["base"]["name"]).name
 
 
 def _load_run(folder: Path, set_name: str, study: str, variant: str) -> Run:
@@ -134,9 +149,9 @@ def find(runs: Sequence[Run], suites: Sequence[dict[str, Any]], num_resamples: i
     for run in runs:
         by_set[run.set_name].append(run)
     mains = {name: [run for run in group if run.study == MAIN] for name, group in by_set.items()}
-    missing = [name for name, group in mains.items() if not group]
-    if missing:
-        raise ValueError(f"{missing[0]}: only studies are done, their {MAIN} run is missing; run the suite to its end")
+    for run in runs:
+        if run.seed not in {main.seed for main in mains[run.set_name]}:
+            raise ValueError(f"{run.folder}: its {MAIN} run with seed {run.seed} is missing; run the suite again")
     sets = {name: _find_set(group, num_resamples) for name, group in mains.items()}
     studies: dict[str, Any] = {}
     for name, group in by_set.items():
@@ -196,12 +211,11 @@ def _find_set(runs: list[Run], num_resamples: int) -> dict[str, Any]:
         comparisons[f"{arm}/{over}"] = {
             name: _gain_dict(*compare([(run, arm, run, over) for run in runs], name, num_resamples)) for name in metrics
         } | {"changed": float(np.mean([first.answers[arm][k].text != first.answers[over][k].text for k in both]))}
-    config = first.result["config"]
     found = {
         "task": first.task.name,
         "lamp": first.task.lamp,
         "metric": metric,
-        "base": config["base"]["name"],
+        "base": _base(first),
         "seeds": [run.seed for run in runs],
         "num_users": len({user for user, _ in first.answers[common[0]]}),
         "num_queries": len(first.answers[common[0]]),
@@ -245,11 +259,12 @@ def _times(run: Run) -> dict[Key, float | None]:
 def _by_bins(
     runs: list[Run], metric: str, num_resamples: int, value_of: dict[Key, float | None]
 ) -> list[dict[str, Any]]:
-    """OPPU's gain in up to `NUM_BINS` bins of equal numbers of queries by a value of theirs; [] where none has one."""
+    """OPPU's gain in two or three bins of equal numbers of queries, by a value of theirs; [] where all are in one."""
     values = sorted(value for value in value_of.values() if value is not None)
-    if not values:
+    num_bins = 3 if len({user_id for user_id, _ in value_of}) >= 3 * MIN_USERS_PER_BIN else 2
+    edges = sorted({values[len(values) * part // num_bins] for part in range(num_bins)}) if values else []
+    if len(edges) < 2:
         return []
-    edges = sorted({values[len(values) * part // NUM_BINS] for part in range(NUM_BINS)})
     bins = []
     for low, after in zip(edges, [*edges[1:], np.inf], strict=True):
         keys = {key for key, value in value_of.items() if value is not None and low <= value < after}
@@ -312,7 +327,9 @@ def _adapter_cost(run: Run) -> dict[str, float | None]:
 
 
 def _claims(findings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every claim on every set and metric with its verdict; Holm's correction runs over the sets of one claim."""
+    """Every claim on every set and metric with its verdict; Holm's correction runs over the sets, for each variant of
+    its own: a claim about every variant needs them all, which asks for no correction over them.
+    """
     rows: list[dict[str, Any]] = []
 
     def add(claim: str, set_name: str, variant: str, gains: dict[str, Any]) -> None:
@@ -326,23 +343,25 @@ def _claims(findings: dict[str, Any]) -> list[dict[str, Any]]:
         for pair, gains in found["comparisons"].items():
             if claim := claim_of(*pair.split("/")):
                 add(claim, name, pair, gains)
-        for part in found.get("activity", []):
-            add("activity", name, f"{part['low']} to {part['high']} items", part)
+        bins = found.get("activity", [])
+        for number, part in enumerate(bins):
+            add("activity", name, SHORT_TO_LONG[len(bins)][number], part)
     for study, of_sets in findings["studies"].items():
         for name, variants in of_sets.items():
             for variant, gains in variants.items():
                 if variant != ORDINARY:
                     add(study, name, variant, gains)
-    families: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
+    families: dict[tuple[str, str, bool], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        families[row["claim"], row["metric"] == "nll"].append(row)
+        families[row["claim"], row["variant"], row["metric"] == "nll"].append(row)
     for family in families.values():
         for key in ("p", "by_user_p"):
             for row, adjusted in zip(family, holm([row["gain"][key] for row in family]), strict=True):
                 row[f"{key}_holm"] = adjusted
         for row in family:
             row |= verdict(row["gain"], row["metric"], row["p_holm"], row["by_user_p_holm"])
-    return rows
+    order = {claim: number for number, claim in enumerate(CLAIMS)}
+    return sorted(rows, key=lambda row: order.get(row["claim"], len(order)))
 
 
 def claim_of(arm: str, over: str) -> str | None:

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 OWN, SHARED, CONTROL, HABIT = "#0b6e99", "#6b7280", "#c4572e", "#a98600"
 LINES = ("#0b6e99", "#c4572e", "#2f855a", "#8b5cf6", "#a98600", "#d53f8c", "#4a5568", "#00a3a3", "#7b341e")
+PAGE_INCHES = 10.8
 UNITS = {"accuracy": "accuracy", "mae": "MAE, points", "rougeL": "ROUGE-L", "nll": "nats per token"}
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
@@ -38,7 +39,7 @@ def forests(panels: Sequence[tuple[str, Sequence[Row]]], columns: int) -> bytes:
     lines = -(-len(panels) // columns)
     tallest = max(len(rows) for _, rows in panels)
     with pyplot.rc_context(_STYLE):
-        size = (4.6 * columns, lines * (0.9 + 0.3 * tallest))
+        size = (PAGE_INCHES if columns > 1 else PAGE_INCHES / 2, lines * (0.9 + 0.26 * tallest))
         figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
         for axis, (title, rows) in zip(axes.flat, panels, strict=False):
             _forest(axis, title, rows)
@@ -77,15 +78,15 @@ def concentration_curves(curves: dict[str, list[float]]) -> bytes:
         return _png(figure)
 
 
-def bin_lines(panels: Sequence[tuple[str, dict[str, list[dict[str, Any]]], Sequence[str]]]) -> bytes:
-    """Panels (title, set -> bins with `nll` gains, names of the bins): how the gain changes from bin to bin."""
+def bin_lines(panels: Sequence[tuple[str, dict[str, list[dict[str, Any]]], tuple[str, str]]]) -> bytes:
+    """Panels (title, set -> bins with `nll` gains, names of the first and last bin): how the gain changes."""
     with pyplot.rc_context(_STYLE):
-        size = (5.2 * len(panels), 3.6)
+        size = (PAGE_INCHES if len(panels) > 1 else 6.4, 3.8)
         figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
         for axis, (title, of_sets, names) in zip(axes.flat, panels, strict=True):
             axis.axhline(0, color="#9ca3af", linewidth=0.8)
             for shift, ((name, bins), colour) in enumerate(zip(sorted(of_sets.items()), _colours(), strict=False)):
-                places = [place + 0.03 * (shift - len(of_sets) / 2) for place in range(len(bins))]
+                places = [place / (len(bins) - 1) + 0.015 * (shift - len(of_sets) / 2) for place in range(len(bins))]
                 means = [part["nll"]["mean"] for part in bins]
                 spans = [
                     [part["nll"]["mean"] - part["nll"]["low"] for part in bins],
@@ -95,7 +96,7 @@ def bin_lines(panels: Sequence[tuple[str, dict[str, list[dict[str, Any]]], Seque
                     places, means, yerr=spans, color=colour, linewidth=1.4, elinewidth=0.8, marker="o", markersize=3.5,
                     label=name,
                 )  # fmt: skip
-            axis.set_xticks(range(len(names)), names)
+            axis.set_xticks([0, 1], names)
             axis.set_title(title, loc="left")
             axis.set_ylabel("gain, nats per token")
         axes.flat[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

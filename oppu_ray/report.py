@@ -126,7 +126,7 @@ def _rules() -> str:
     smallest = ", ".join(f"{gain:g} in {UNITS[metric]}" for metric, gain in SMALLEST_GAIN.items())
     return (
         "A cell counts sets (or sets and variants). Supported: the mean gain is positive over queries and over users, "
-        "and both paired sign-flip tests are significant at 5 % after Holm's correction over the claim's rows. Not "
+        "and both paired sign-flip tests are significant at 5 % after Holm's correction over the sets. Not "
         f"supported: both 95 % intervals end below the smallest gain that matters ({smallest}), or below zero. "
         "Everything else is too little data."
     )
@@ -158,9 +158,9 @@ def _gain_panels(sets: dict[str, Any]) -> list[tuple[str, list[Row]]]:
 
 
 def _personal_tables(findings: dict[str, Any]) -> list[Block]:
-    head = ("set", "users, queries", "shared", "own", "gain by query [95 %]", "gain by user [95 %]", "p, corrected")
-    head = (*head, "top tenth of users", "verdict")
-    blocks = []
+    head = ("set", "users, queries", "shared", "own", "gain by query [95 %]", "gain by user [95 %]", "p, corrected",
+            "top tenth of users", "verdict")  # fmt: skip
+    blocks: list[Block] = []
     for is_nll, title in ((False, "The task's metric (MAE: less is better; gains are signed so that more is):"),
                           (True, "Likelihood of what the person really said, in nats per token:")):  # fmt: skip
         rows = []
@@ -177,7 +177,7 @@ def _personal_tables(findings: dict[str, Any]) -> list[Block]:
                         _interval(gain["mean"], gain["low"], gain["high"]),
                         _interval(gain["by_user_mean"], gain["by_user_low"], gain["by_user_high"]),
                         f"{_p(row['p_holm'])}, {_p(row['by_user_p_holm'])}",
-                        "-" if gain["top_share"] is None else f"{gain['top_share']:.0%} of the gain",
+                        "-" if gain["top_share"] is None else f"{gain['top_share']:.0%} of it",
                         _verdict(row),
                     )
                 )
@@ -253,15 +253,15 @@ def _beside(findings: dict[str, Any]) -> list[Block]:
 
 
 def _who_gains(sets: dict[str, Any], pictures: dict[str, bytes]) -> list[Block]:
-    activity = {name: found["activity"] for name, found in sets.items() if len(found.get("activity", [])) > 1}
-    times = {name: found["time"] for name, found in sets.items() if len(found.get("time", [])) > 1}
+    activity = {name: found["activity"] for name, found in sets.items() if found.get("activity")}
+    times = {name: found["time"] for name, found in sets.items() if found.get("time")}
     curves = {name: curve for name, found in sets.items() if (curve := found.get("concentration", {}).get("nll"))}
     blocks = [Block("heading", "Who gains, and for how long")]
-    panels: list[tuple[str, dict[str, Any], list[str]]] = []
+    panels: list[tuple[str, dict[str, Any], tuple[str, str]]] = []
     if activity:
-        panels.append(("by length of history", activity, ["short", "middle", "long"]))
+        panels.append(("by length of history", activity, ("short", "long")))
     if times:
-        panels.append(("by time since the history ends", times, ["first queries", "middle", "last"]))
+        panels.append(("by time since the history ends", times, ("first queries", "last")))
     if panels:
         pictures["bins.png"] = plots.bin_lines(panels)
         blocks.append(
@@ -302,7 +302,8 @@ def _studies(findings: dict[str, Any], pictures: dict[str, bytes]) -> list[Block
                      f"{size / 1e3:,.0f} kB" if size else "-", f"{seconds:.1f} s" if seconds else "-")
                 )  # fmt: skip
         head = ("set", "variant", "score", "gain in the metric", "gain in nats per token", "per user", "training")
-        title = study.replace("_", " ").capitalize()
+        title = study.replace("_", " ").replace("peft", "PEFT")
+        title = title[0].upper() + title[1:]
         blocks += [
             Block("heading", f"Study: {title}"),
             Block("text", f"The claim: {CLAIMS.get(study, title)}. Gains are over the task-adapted model; "
@@ -387,8 +388,8 @@ def _method(findings: dict[str, Any], bases: list[str]) -> list[Block]:
         f"Base: {', '.join(bases)}. Seeds: {', '.join(map(str, seeds))}; a query's gains under several seeds are "
         f"averaged before anything is tested. Machine: {machine}.",
         f"Intervals: percentile bootstrap of paired gains, {NUM_RESAMPLES:,} resamples, over queries and over users. "
-        "Tests: paired sign flips. Correction: Holm, over all sets and variants of a claim, for metric and likelihood "
-        "apart. Queries needed: normal closed form for 80 % power, with the observed variance of users.",
+        "Tests: paired sign flips. Correction: Holm, over all sets, for each claim, variant and measure apart. "
+        "Queries needed: normal theory for 80 % power, with the variance between users that was seen.",
     ]
     if cost:
         texts.append(
@@ -500,13 +501,13 @@ _PAGE = (
 )
 _STYLE = """
 body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #1f2937; background: #f8fafc }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.5rem 4rem; background: #fff }
+main { max-width: 1140px; margin: 0 auto; padding: 2rem 1.5rem 4rem; background: #fff }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid #e5e7eb }
 p { max-width: 46rem }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top; white-space: nowrap }
+th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; white-space: nowrap }
 td { border-bottom: 1px solid #e5e7eb }
 td.long { white-space: normal; min-width: 24rem }
 th { color: #4b5563; font-weight: 600; border-bottom: 2px solid #cbd5e1 }

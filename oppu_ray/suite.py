@@ -158,9 +158,10 @@ def run_suite(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def is_done(unit: Unit) -> bool:
-    """Whether the unit was evaluated with this very config."""
-    result = _evaluated(unit)
-    return bool(result) and result["config"] == json.loads(json.dumps(to_dict(unit.config)))
+    """Whether the unit was evaluated with this very config, whatever the number of workers."""
+    found = _evaluated(unit).get("config", {})
+    wanted = json.loads(json.dumps(to_dict(unit.config)))
+    return {**found, "workers": None} == {**wanted, "workers": None}
 
 
 def _evaluated(unit: Unit) -> dict[str, Any]:

@@ -149,16 +149,32 @@ def test_holm_runs_over_the_sets_of_one_claim_and_measure(tmp_path: Path) -> Non
 
 def test_bins_by_history_and_by_time_hold_every_query_once(tmp_path: Path) -> None:
     films = found([write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6})])["sets"]["films"]
-    assert [(part["low"], part["high"]) for part in films["activity"]] == [(10, 40), (50, 80), (90, 120)]
-    assert [part["nll"]["num_users"] for part in films["activity"]] == [4, 4, 4]
-    assert [part["accuracy"]["num_queries"] for part in films["time"]] == [24, 24, 24]
+    assert [(part["low"], part["high"]) for part in films["activity"]] == [(10, 60), (70, 120)]
+    assert [part["nll"]["num_users"] for part in films["activity"]] == [6, 6]
+    assert [part["accuracy"]["num_queries"] for part in films["time"]] == [36, 36]
     assert (films["time"][0]["low"], films["time"][-1]["high"]) == (0.0, 1.0)
     assert len(films["concentration"]["accuracy"]) == 12
 
 
-def test_a_run_that_does_not_tell_histories_has_no_bins_by_them(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6}, history={})
-    assert found([run])["sets"]["films"]["activity"] == []
+def test_many_users_are_put_into_three_bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oppu_ray.findings.MIN_USERS_PER_BIN", 4)
+    findings = found([write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6})])
+    bins = findings["sets"]["films"]["activity"]
+    assert [(part["low"], part["high"]) for part in bins] == [(10, 40), (50, 80), (90, 120)]
+    said = [row["variant"] for row in rows(findings, "activity") if row["metric"] == "nll"]
+    assert said == ["short histories", "middle", "long histories"]
+
+
+@pytest.mark.parametrize("history", [{}, {f"u{user}": 24 for user in range(NUM_USERS)}])
+def test_histories_unknown_or_all_of_one_length_make_no_bins(tmp_path: Path, history: dict[str, int]) -> None:
+    findings = found([write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6}, history=history)])
+    assert findings["sets"]["films"]["activity"] == [] == rows(findings, "activity")
+
+
+def test_holm_does_not_run_over_the_variants_of_a_claim_about_them_all(tmp_path: Path) -> None:
+    findings = found([write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6}, shift={"oppu": 0.1})])
+    activity = rows(findings, "activity")
+    assert len(activity) == 4 and all(row["p_holm"] == row["gain"]["p"] for row in activity)
 
 
 def test_seeds_are_averaged_query_by_query(tmp_path: Path) -> None:
@@ -205,10 +221,21 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="predictions.jsonl: line 73: expected an answer"):
         load_runs([run])
     write_run(tmp_path / "ia3", {"oppu": 0.3})
-    with pytest.raises(ValueError, match="films: only studies are done"):
+    with pytest.raises(ValueError, match="ia3: its main run with seed 0 is missing"):
         found([write_suite(tmp_path, [("ia3", "peft_methods", "ia3")])])
     with pytest.raises(ValueError, match="no run has been evaluated"):
         load_runs([write_suite(tmp_path, [("to_do", "main", "")])])
+
+
+def test_runs_of_one_name_are_refused_and_other_bases_are_other_sets(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a" / "films", {"task": 0.3, "oppu": 0.8})
+    second = write_run(tmp_path / "b" / "films", {"task": 0.3, "oppu": 0.8})
+    with pytest.raises(ValueError, match="b/films: films with seed 0 is there twice, first in .*a/films"):
+        load_runs([first, second])
+    path = second / "evaluate" / "result.json"
+    path.write_text(path.read_text().replace("embedded:smollm2-135m", "big/llama"))
+    findings = found([first, second])
+    assert set(findings["sets"]) == {"films on embedded:smollm2-135m", "films on llama"}
 
 
 def test_a_gain_of_the_findings_is_that_of_the_statistics(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def test_the_page_answers_every_question(page: Path) -> None:
     text = (page / "report.md").read_text()
     assert "2 sets of real histories, 24 people, 144 later items" in text
     assert "(likelihood) on 1 of 2 sets, and answers better (the task's metric) on 1 of 2" in text
-    for heading in ("The claims", "Every arm", "Beside the paper", "Who gains", "Study: Peft methods", "and why"):
-        assert f"## {heading}" in text or f"{heading}" in re.findall(r"^## .*$", text, re.MULTILINE).__str__()
+    for heading in ("The claims", "Every arm", "Beside the paper", "Who gains", "Study: PEFT methods", "and why"):
+        assert any(heading in line for line in re.findall(r"^## .*$", text, re.MULTILINE))
     assert "| LaMP-2M: films, accuracy |" in text and "acc +.076 [+.065, +.088]" in text
     assert "sharing saved 75%" in text and "Seeds: 0, 1" in text
 

@@ -97,7 +97,10 @@ def test_a_suite_that_is_done_is_not_done_again(suite: Path, monkeypatch: pytest
     for stage in ("prepare", "adapt", "train", "evaluate"):
         monkeypatch.setattr(stages, stage, must_not_run)
     before = tree(suite.parent / "suite" / "films"), result(suite)["units"], result(suite)["cost"]
-    assert main(["evaluate", "--suite", str(suite)]) == 0
+    more_workers = (
+        'overrides=["evaluate.arms=[majority_user, task, rag_k1, oppu, oppu_k1, swapped]", workers.threads=2]'
+    )
+    assert main(["evaluate", "--suite", str(suite), more_workers]) == 0
     assert (tree(suite.parent / "suite" / "films"), result(suite)["units"], result(suite)["cost"]) == before
 
 
