@@ -14,6 +14,7 @@ from tiny import tiny_base
 from oppu_ray import stages
 from oppu_ray.cli import main
 from oppu_ray.suite import load_suite
+from oppu_ray.vault import Vault
 
 CONFIGS = Path(__file__).resolve().parents[1] / "jobs" / "configs"
 USERS = [tagging_user(i, num_items=8) for i in range(4)] + [tagging_user(i, role="base") for i in (8, 9)]
@@ -88,6 +89,12 @@ def test_a_variant_bends_personal_training_only(suite: Path) -> None:
     assert trained[1]["num_trained"] == 4 and trained[0]["adapter_bytes"] == trained[1]["adapter_bytes"] > 1000
     arms = {line["arm"] for line in map(json.loads, (top / "amount-last_1/evaluate/predictions.jsonl").open())}
     assert arms == {"oppu"}
+    vault = Vault(top / "main" / "vault")
+    for run, num_items in zip(trained, (5, 1), strict=True):  # of eight items, three are queries
+        version = vault.registry.unit_version(run["fingerprints"]["run"], vault.user_hash("user-0"))
+        _, manifest = vault.load("user-0", version, base_fingerprint=None)
+        assert len(manifest.item_ids) == num_items and ("study" in manifest.recipe) == (num_items == 1)
+    vault.close()
 
 
 def test_a_suite_that_is_done_is_not_done_again(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +146,10 @@ def test_the_report_reads_a_suite(suite: Path, monkeypatch: pytest.MonkeyPatch) 
     assert main(["report", str(top)]) == 0
     found = json.loads((top / "report" / "result.json").read_text())
     assert list(found["studies"]) == ["amount", "stages"] and list(found["sets"]) == ["films"]
-    assert found["cost"]["saved_share"] > 0
+    assert found["cost"]["saved_share"] > 0 and found["sets"]["films"]["num_queries"] == 12
+    evaluated = json.loads((top / "films" / "seed0" / "main" / "evaluate" / "result.json").read_text())
+    assert evaluated["history"] == {f"user-{number}": 5 for number in range(4)}
+    assert set(evaluated["fingerprints"]["evaluations"]) == set(evaluated["arms"])
 
 
 @pytest.mark.parametrize("name", ["paper", "tune"])
