@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"oppu: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"oppu: {stop or 'interrupted'}; run the same again to continue", file=sys.stderr)
+        print(f"oppu: {str(stop) or 'interrupted'}; run the same again to continue", file=sys.stderr)
         return 3
     except ClusterLost as lost:
         print(f"oppu: {lost}; run the same again to continue, on any cluster", file=sys.stderr, flush=True)

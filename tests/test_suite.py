@@ -111,7 +111,9 @@ def test_a_suite_that_is_done_is_not_done_again(suite: Path, monkeypatch: pytest
     assert (tree(suite.parent / "suite" / "films"), result(suite)["units"], result(suite)["cost"]) == before
 
 
-def test_a_suite_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suite_that_was_killed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_suite(tmp_path)
     evaluate = stages.evaluate
 
@@ -123,6 +125,7 @@ def test_a_suite_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(stages, "evaluate", stop)
         assert main(["evaluate", "--suite", str(path)]) == 3
+    assert "oppu: interrupted; run the same again to continue" in capsys.readouterr().err
     assert [unit["state"] for unit in result(path)["units"]] == ["done", "to do", "to do"]
     before = tree(tmp_path / "suite" / "films" / "seed0" / "main" / "adapt")
     assert main(["evaluate", "--suite", str(path)]) == 0
