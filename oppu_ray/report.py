@@ -128,7 +128,8 @@ def _rules() -> str:
         "A cell counts sets (or sets and variants). Supported: the mean gain is positive over queries and over users, "
         "and both paired sign-flip tests are significant at 5 % after Holm's correction over the sets. Not "
         f"supported: both 95 % intervals end below the smallest gain that matters ({smallest}), or below zero. "
-        "Everything else is too little data."
+        "Everything else is too little data, with the queries that would show the gain at 80 % power. Of two p-values "
+        "the first is over queries, the second over users."
     )
 
 
@@ -158,8 +159,8 @@ def _gain_panels(sets: dict[str, Any]) -> list[tuple[str, list[Row]]]:
 
 
 def _personal_tables(findings: dict[str, Any]) -> list[Block]:
-    head = ("set", "users, queries", "shared", "own", "gain by query [95 %]", "gain by user [95 %]", "p, corrected",
-            "top tenth of users", "verdict")  # fmt: skip
+    head = ("set", "verdict", "shared", "own", "gain by query [95 %]", "gain by user [95 %]", "p, corrected",
+            "users, queries", "top tenth holds", "answers changed")  # fmt: skip
     blocks: list[Block] = []
     for is_nll, title in ((False, "The task's metric (MAE: less is better; gains are signed so that more is):"),
                           (True, "Likelihood of what the person really said, in nats per token:")):  # fmt: skip
@@ -171,14 +172,15 @@ def _personal_tables(findings: dict[str, Any]) -> list[Block]:
                 rows.append(
                     (
                         _set_label(row["set"], found) + ("" if is_nll else f", {UNITS[row['metric']]}"),
-                        f"{gain['num_users']}, {gain['num_queries']}",
+                        _verdict(row),
                         _number(task),
                         _number(own),
                         _interval(gain["mean"], gain["low"], gain["high"]),
                         _interval(gain["by_user_mean"], gain["by_user_low"], gain["by_user_high"]),
                         f"{_p(row['p_holm'])}, {_p(row['by_user_p_holm'])}",
+                        f"{gain['num_users']}, {gain['num_queries']}",
                         "-" if gain["top_share"] is None else f"{gain['top_share']:.0%} of it",
-                        _verdict(row),
+                        f"{found['comparisons']['oppu/task']['changed']:.0%}",
                     )
                 )
         if rows:
@@ -365,17 +367,17 @@ def reasons(row: dict[str, Any], found: dict[str, Any], claims: list[dict[str, A
 
 
 def _verdicts_table(findings: dict[str, Any]) -> Block:
-    head = ("claim", "set", "what", "in", "gain [95 %]", "by user [95 %]", "p, corrected", "seeds' spread", "verdict")
+    head = ("claim", "set", "what", "in", "verdict", "gain [95 %]", "by user [95 %]", "p, corrected", "seeds' spread")
     rows = []
     for row in findings["claims"]:
         gain = row["gain"]
         spread = gain["seed_spread"]
         rows.append(
             (row["claim"], row["set"], row["variant"].replace("/", " over "), UNITS[row["metric"]],
-             _interval(gain["mean"], gain["low"], gain["high"]),
+             _verdict(row), _interval(gain["mean"], gain["low"], gain["high"]),
              _interval(gain["by_user_mean"], gain["by_user_low"], gain["by_user_high"]),
              f"{_p(row['p_holm'])}, {_p(row['by_user_p_holm'])}",
-             "-" if spread is None else _number(spread), _verdict(row))
+             "-" if spread is None else _number(spread))
         )  # fmt: skip
     return Block("table", head=head, rows=tuple(rows))
 
@@ -506,7 +508,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid #e5e7eb }
 p { max-width: 46rem }
 .wide { overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; white-space: nowrap }
 td { border-bottom: 1px solid #e5e7eb }
 td.long { white-space: normal; min-width: 24rem }

@@ -203,6 +203,14 @@ def test_a_variant_is_held_against_the_main_runs_shared_model(tmp_path: Path) ->
     assert findings["cost"] == {"elapsed_s": 30.0, "unshared_s": 120.0, "saved_share": 0.75}
 
 
+def test_a_variant_with_a_shared_model_of_its_own_is_held_against_that(tmp_path: Path) -> None:
+    write_run(tmp_path / "main", {"task": 0.3, "oppu": 0.8})
+    write_run(tmp_path / "private", {"task": 0.3, "oppu": 0.3}, shift={"task": -0.4, "oppu": -0.1})
+    units = [("main", "main", ""), ("private", "privacy", "noise_1")]
+    variants = found([write_suite(tmp_path, units)])["studies"]["privacy"]["films"]
+    assert variants["noise_1"]["nll"]["mean"] == pytest.approx(0.3)  # not -0.1: its task adapter is another one
+
+
 def test_answers_of_other_evaluations_do_not_count(tmp_path: Path) -> None:
     run = write_run(tmp_path / "films", {"task": 0.3, "oppu": 0.8})
     path = run / "evaluate" / "predictions.jsonl"
