@@ -38,8 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", type=Path, help="YAML file, e.g. jobs/configs/demo.yaml")
+        if name == "evaluate":
+            command.add_argument("--suite", metavar="NAME", help="all runs of a suite: paper, tune, or a YAML file")
+        command.add_argument("config", type=Path, nargs="?", help="YAML file, e.g. jobs/configs/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. personal.epochs=5")
+    page = commands.add_parser("report", help="what runs and suites show, as a page with plots")
+    page.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of an evaluated run, or of a suite")
+    page.add_argument("--out", type=Path, help="default: report/ in the first folder")
     demo = commands.add_parser("demo", help="the whole line on embedded real chats")
     demo.add_argument("overrides", nargs="*", metavar="key=value")
     bench = commands.add_parser("bench", help="speed against the alternatives (from a checkout)")
@@ -93,14 +98,21 @@ def main(arguments: list[str] | None = None) -> int:
             return submit(options.stage, options.config, options.overrides, options.address, not options.no_wait)
         if options.command == "cluster":
             return _cluster(options.what, options.port, options.dashboard_port)
+        if options.command == "report":
+            return _report(options.folders, options.out or options.folders[0] / "report")
+        if options.command == "evaluate" and options.suite:
+            overrides = [str(options.config)] * (options.config is not None) + options.overrides
+            return _suite(options.suite, overrides)
         if options.command == "status":
             return _status(options.run, options.overrides, options.watch)
+        if options.config is None:
+            parser.error(f"{options.command}: expected a YAML file, e.g. jobs/configs/demo.yaml")
         return run_stage(options.command, options.config, options.overrides)
     except ValueError as error:
         print(f"oppu: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"oppu: {stop or 'interrupted'}; run the same again to continue", file=sys.stderr)
+        print(f"oppu: {str(stop) or 'interrupted'}; run the same again to continue", file=sys.stderr)
         return 3
     except ClusterLost as lost:
         print(f"oppu: {lost}; run the same again to continue, on any cluster", file=sys.stderr, flush=True)
@@ -123,6 +135,24 @@ def run_stage(stage: str, path: Path, overrides: list[str]) -> int:
 def job(stage: str) -> int:
     """What a file in `jobs/` does: `python -m jobs.<stage> CONFIG [key=value ...]`."""
     return main([stage, *sys.argv[1:]])
+
+
+def _suite(name: str, overrides: list[str]) -> int:
+    """`oppu evaluate --suite`."""
+    from oppu_ray.suite import run_suite
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    path = Path(name) if name.endswith((".yaml", ".yml")) else DEMO.parent / "suites" / f"{name}.yaml"
+    return 1 if run_suite(path, overrides)["num_to_retry"] else 0
+
+
+def _report(folders: list[Path], out: Path) -> int:
+    """`oppu report`."""
+    from oppu_ray.report import report
+
+    report(folders, out)
+    print(f"{out / 'index.html'} (also report.md and its pictures)")
+    return 0
 
 
 def _cluster(what: str, port: int, dashboard_port: int) -> int:

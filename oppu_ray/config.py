@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import reprlib
 import typing
 from collections.abc import Sequence
@@ -18,11 +19,18 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
+PAIR_FORMS = ("aligned", "next_token", "stem", "completion", "title_to_abstract", "mixed")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where histories come from. `format`: jsonl, lamp, oppu, hf, table (CSV or Parquet) or chitchat (embedded)."""
+    """Where histories come from. `format`: jsonl, lamp, oppu, hf, table (CSV or Parquet) or chitchat (embedded).
+
+    `target_order` says which targets `num_targets` keeps: the most "active", the first of the "file", or those with the
+    smallest "hash", a sample that is the same in every order of the file. `first_queries` keeps that many of every
+    target's later items, the first ones, whoever split them (0: all). `base_only` leaves the source's targets out
+    and takes targets from its base users: settings are chosen on them, never on the users they are shown on.
+    """
 
     format: str = "jsonl"
     path: str = ""
@@ -37,6 +45,8 @@ class DataConfig:
     max_queries_per_user: int = 20
     min_items: int = 2
     max_items_per_user: int = 0
+    first_queries: int = 0
+    base_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,6 +260,32 @@ _FEDERATED_CHOICES = {
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """How a study bends what personal adapters learn from; retrieval and task adapter stay. The defaults bend nothing.
+
+    Args:
+        items: all; last_<n> for the user's newest n; similar or dissimilar for the half of a user's items that is most
+            or least like their later queries (the paper's behaviour shift).
+        pairs: aligned (an item with a question and an answer is asked as a query will be); next_token, stem, completion
+            or title_to_abstract for all items; mixed for aligned and next_token in turn.
+    """
+
+    items: str = "all"
+    pairs: str = "aligned"
+
+    def __post_init__(self) -> None:
+        if self.items not in ("all", "similar", "dissimilar") and not re.fullmatch(r"last_[1-9]\d*", self.items):
+            raise ValueError(f"study.items is {self.items!r}; expected all, last_<n>, similar or dissimilar")
+        if self.pairs not in PAIR_FORMS:
+            raise ValueError(f"study.pairs is {self.pairs!r}; expected one of {', '.join(PAIR_FORMS)}")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What an adapter depends on; empty for the defaults."""
+        return {} if self == StudyConfig() else {"study": to_dict(self)}
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Which arms answer, and how. `max_users` 0 means all targets."""
 
@@ -331,6 +367,7 @@ class Config:
     federated: FederatedConfig = field(default_factory=FederatedConfig)
     personal: TrainConfig = field(default_factory=TrainConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -378,13 +415,7 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
         ValueError: The file is missing or no mapping, a key is unknown, or a value has the wrong type; each names the
             file and the key.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot read the config: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    _override(values, overrides)
+    values = _read(path, overrides)
     preset = values.get("preset", Config.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"{path}: preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}")
@@ -394,6 +425,12 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
             f"{path}: memory.top_k and memory.with_profile are named by the arm: evaluate.arms=[oppu_k2, pag]"
         )
     return config
+
+
+def load_as(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """Any other config dataclass from a YAML file and overrides; errors as in `load_config`."""
+    built: T = _build(kind, _read(path, overrides), str(path), "")
+    return built
 
 
 def from_overrides(default: T, overrides: Sequence[str]) -> T:
@@ -441,6 +478,17 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values, "config", "")
 
 
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot read the config: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    _override(values, overrides)
+    return values
+
+
 def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -455,9 +503,11 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
+        section = values.setdefault(key, {})
+        if not isinstance(section, dict):
             raise ValueError(f"override {override!r}: {key!r} is not a section")
+        values[key] = dict(section)  # a YAML alias makes one section of two: only this one is meant
+        values = values[key]
     values[keys[-1]] = value
 
 

@@ -2,15 +2,16 @@
 
 In: users with queries, and per arm a way to answer. Out: `Prediction`s, and from them the `arms`, `gains` and
 `controls` of result.json and a table.
-The decision a reader would question: two intervals are printed. Resampling queries asks "would these users gain on
-other queries", resampling users asks "would other users gain"; one user with many queries can carry the first alone.
+The decision a reader would question: gains are paired, query by query, against the task-adapted model, never against
+the untouched base; what they prove, over queries and over users, is in `statistics.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,17 @@ from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, Example, Item, Prediction, Request, UserHistory
 from oppu_ray.inference import Engine
 from oppu_ray.memory import Memory
-from oppu_ray.metrics import score_answers, score_one
+from oppu_ray.metrics import LOWER_IS_BETTER, main_metric, score_answers, score_one
 from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
+from oppu_ray.statistics import paired_gain
 from oppu_ray.tasks import Task, make_prompt, parse_answer, target_text
 
 HEURISTIC_ARMS = ("majority_global", "majority_user", "last_user")
 PLAIN_ARMS = {"base": "base", "task": "task", "oppu": "own", "swapped": "swapped"}
 MEMORY_ARM = re.compile(r"(rag(?=_k)|pag|oppu_pag|oppu(?=_k))(?:_k([1-9]\d{0,3}))?")
+
+
+Key = tuple[str, str]  # user, query
 
 
 @dataclass(frozen=True)
@@ -188,15 +193,17 @@ def summarise(task: Task, predictions: Sequence[Prediction], num_bootstrap: int,
         `gains.<arm>`: over the task-adapted model, in the task's first metric; `nll_gains` the same in nats per token;
         `controls.<arm>`: of arms with an own adapter, over `Arm.control`. More is better in all of them.
     """
-    by_arm: dict[str, dict[tuple[str, str], Prediction]] = {}
-    for prediction in predictions:
-        by_arm.setdefault(prediction.arm, {})[prediction.user_id, prediction.query_id] = prediction
-    arms = {arm: _score_arm(task, list(answers.values())) for arm, answers in by_arm.items()}
+    by_arm = answers_by_arm(predictions)
+    arms = {arm: score_arm(task, list(answers.values())) for arm, answers in by_arm.items()}
 
     def compare(arm: str, over: str, metric: str) -> dict[str, Any]:
-        return _gain(task, by_arm[arm], by_arm[over], over, metric, num_bootstrap, seed)
+        answers, reference = by_arm[arm], by_arm[over]
+        gain = paired_gain(*paired_gains(task, answers, reference, metric), num_bootstrap, seed)
+        both = answers.keys() & reference.keys()
+        changed = float(np.mean([answers[key].text != reference[key].text for key in both]))
+        return {"over": over, "metric": metric, **dataclasses.asdict(gain), "changed": changed}
 
-    metric = {"classification": "accuracy", "rating": "mae", "generation": "rougeL"}[task.kind]
+    metric = main_metric(task)
     others = [arm for arm in by_arm if arm != "task"] if "task" in by_arm else []
     modelled = [arm for arm in others if arm not in HEURISTIC_ARMS]
     controls = [(arm, control) for arm in by_arm if (control := parse_arm(arm).control) in by_arm]
@@ -209,7 +216,16 @@ def summarise(task: Task, predictions: Sequence[Prediction], num_bootstrap: int,
     }
 
 
-def _score_arm(task: Task, answers: list[Prediction]) -> dict[str, float]:
+def answers_by_arm(predictions: Iterable[Prediction]) -> dict[str, dict[Key, Prediction]]:
+    """Arm -> (user, query) -> answer; of two answers to one query the later one counts."""
+    by_arm: dict[str, dict[Key, Prediction]] = {}
+    for prediction in predictions:
+        by_arm.setdefault(prediction.arm, {})[prediction.user_id, prediction.query_id] = prediction
+    return by_arm
+
+
+def score_arm(task: Task, answers: list[Prediction]) -> dict[str, float]:
+    """The arm's metrics over all queries, by the free answer and by the likeliest label, and the mean nll."""
     golds = [answer.gold for answer in answers]
     scores = dict(score_answers(task, golds, [answer.text for answer in answers]))
     if all(answer.label_text is not None for answer in answers):
@@ -220,46 +236,18 @@ def _score_arm(task: Task, answers: list[Prediction]) -> dict[str, float]:
     return scores | {"num_queries": len(answers), "num_users": len({answer.user_id for answer in answers})}
 
 
-def _gain(
-    task: Task,
-    answers: dict[tuple[str, str], Prediction],
-    reference: dict[tuple[str, str], Prediction],
-    over: str,
-    metric: str,
-    num_bootstrap: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Mean paired difference with 95 % percentile bootstrap intervals, over queries and over users."""
+def paired_gains(
+    task: Task, answers: dict[Key, Prediction], reference: dict[Key, Prediction], metric: str
+) -> tuple[np.ndarray, list[str]]:
+    """How much better `answers` is than `reference` in `metric` on each query of both, and whose query it is."""
     common = sorted(answers.keys() & reference.keys())
 
     def value(prediction: Prediction) -> float:
         return prediction.nll or 0.0 if metric == "nll" else score_one(task, prediction.gold, prediction.text)[metric]
 
-    sign = -1.0 if metric in ("nll", "mae", "rmse") else 1.0
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     gain_Q = np.array([sign * (value(answers[key]) - value(reference[key])) for key in common])
-    users = sorted({user_id for user_id, _ in common})
-    gain_U = np.array([gain_Q[[key[0] == user_id for key in common]].mean() for user_id in users])
-    low, high = bootstrap_interval(gain_Q, num_bootstrap, seed)
-    user_low, user_high = bootstrap_interval(gain_U, num_bootstrap, seed)
-    return {
-        "over": over,
-        "metric": metric,
-        "mean": float(gain_Q.mean()),
-        "low": low,
-        "high": high,
-        "by_user_mean": float(gain_U.mean()),
-        "by_user_low": user_low,
-        "by_user_high": user_high,
-        "changed": float(np.mean([answers[key].text != reference[key].text for key in common])),
-    }
-
-
-def bootstrap_interval(values: np.ndarray, num_bootstrap: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` under resampling with replacement."""
-    random = np.random.default_rng(seed)
-    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(num_bootstrap)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return gain_Q, [user_id for user_id, _ in common]
 
 
 EXPLAINED = {

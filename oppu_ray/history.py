@@ -8,6 +8,7 @@ adapter without anyone noticing, while a rejected user stands in `rejected.jsonl
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import random
 import re
@@ -54,7 +55,7 @@ def load_histories(data: DataConfig, task: TaskConfig, seed: int) -> tuple[list[
 
     Targets are the users with that role in the source, or where it has no roles the `data.num_targets` most active;
     everybody else is a base user. `num_targets` and `num_base` limit how many are kept (0: all): the most active
-    targets, or the first ones with `target_order: file`, and base users drawn by `seed`. A target's queries are those
+    targets (or as `target_order` says), and base users drawn by `seed`. A target's queries are those
     the source names, or by time the last `query_share` of the items; a base user's items are past and later together.
 
     Raises:
@@ -154,9 +155,9 @@ def parse_time(time: str) -> datetime.datetime:
 def _check_options(data: DataConfig) -> None:
     if not 0 < data.query_share < 1:
         raise ValueError(f"data.query_share: expected a number between 0 and 1, got {data.query_share}")
-    if data.target_order not in ("active", "file"):
-        raise ValueError(f"data.target_order: expected 'active' or 'file', got {data.target_order!r}")
-    for name in ("num_targets", "num_base", "max_queries_per_user", "min_items", "max_items_per_user"):
+    if data.target_order not in ("active", "file", "hash"):
+        raise ValueError(f"data.target_order: expected 'active', 'file' or 'hash', got {data.target_order!r}")
+    for name in ("num_targets", "num_base", "max_queries_per_user", "min_items", "max_items_per_user", "first_queries"):
         if getattr(data, name) < 0:
             raise ValueError(f"data.{name}: expected 0 or more, got {getattr(data, name)}")
 
@@ -315,6 +316,8 @@ def _in_time_order(items: list[Item]) -> list[Item]:
 
 def _with_roles(users: list[_User], data: DataConfig) -> tuple[list[_User], list[Rejected]]:
     """Users with a role each, and those whose role is unclear."""
+    if data.base_only:
+        users = [replace(user, role=None) for user in users if user.role in ("base", None)]
     if any(user.role for user in users):
         reasons = {"both": "the user is target and base; expected one role", None: "role is missing, others have one"}
         unclear = [user for user in users if user.role not in ROLES]
@@ -334,6 +337,8 @@ def _choose(users: list[_User], data: DataConfig, seed: int) -> list[_User]:
     base = sorted((user for user in users if user.role == "base"), key=lambda user: user.user_id)
     if data.target_order == "active":
         targets = _most_active(targets)
+    elif data.target_order == "hash":
+        targets = sorted(targets, key=lambda user: hashlib.sha256(user.user_id.encode()).hexdigest())
     random.Random(seed).shuffle(base)
     return targets[: data.num_targets or None] + base[: data.num_base or None]
 
@@ -349,6 +354,7 @@ def _history(user: _User, task: Task, data: DataConfig) -> UserHistory:
         past = user.past
     else:
         past, later = split_history(user.items, data.query_share, data.max_queries_per_user)
+    later = later[: data.first_queries or None]
     for query in later:
         if missing := missing_fields(task, query):
             raise _Bad(query.item_id, f"the query lacks {', '.join(missing)}, which {task.name} needs in a query")

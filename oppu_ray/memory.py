@@ -83,6 +83,31 @@ class Memory:
         return replace(prompt, profile=one_line(self._profile), memory=lines)
 
 
+def choose_items(config: Config, user: UserHistory) -> UserHistory:
+    """The user with the items that `study.items` lets a personal adapter learn from, in time order."""
+    wanted = config.study.items
+    if wanted == "all":
+        return user
+    if wanted.startswith("last_"):
+        return replace(user, items=user.items[-int(wanted.removeprefix("last_")) :])
+    task, order, max_words = get_task(config.task), config.task.prompt_order, config.task.max_input_words
+
+    def text(item: Item) -> str:
+        is_pair = all(getattr(item, field) for field, _ in task.inputs)
+        return one_line(make_prompt(task, item, order, max_words).input if is_pair else memory_line(task, item))
+
+    item_ids = [item.item_id for item in user.items]
+    retriever = make_retriever("bm25", [text(item) for item in user.items], item_ids)
+    score = dict.fromkeys(item_ids, 0.0)
+    for query in user.queries:
+        for hit in retriever.search(text(query), len(item_ids)):
+            score[hit.item_id] += hit.score
+    best_first = sorted(item_ids, key=lambda item_id: -score[item_id])
+    half = (len(best_first) + 1) // 2
+    kept = set(best_first[:half] if wanted == "similar" else best_first[-half:])
+    return replace(user, items=tuple(item for item in user.items if item.item_id in kept))
+
+
 class Memories:
     """Opens users' memories. What is dear to make, item vectors and profiles, is made once and kept in the vault.
 

@@ -18,6 +18,11 @@ from oppu_ray.tasks import Task
 LOWER_IS_BETTER = frozenset({"mae", "rmse", "nll"})
 
 
+def main_metric(task: Task) -> str:
+    """The metric that gains are counted in: a mean over queries, so that two arms can be paired."""
+    return {"classification": "accuracy", "rating": "mae", "generation": "rougeL"}[task.kind]
+
+
 def score_answers(task: Task, golds: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """Scores of all answers together.
 

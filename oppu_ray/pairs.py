@@ -8,6 +8,7 @@ reader might question the default, "next_token": it is the paper's choice and ne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from oppu_ray.config import TaskConfig
 from oppu_ray.core import Item, Prompt, TrainingPair
@@ -17,7 +18,7 @@ COMPLETION_SHARE = 0.2
 """Share of an item's words that "completion" puts in the prompt; LaMP's PEFT code draws it from 10 to 25 percent."""
 
 
-def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig) -> list[TrainingPair]:
+def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig, form: str = "aligned") -> list[TrainingPair]:
     """One pair per item, in the items' order; `memory.Memory.add_past` adds what the user did before.
 
     Args:
@@ -25,6 +26,8 @@ def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig) -> list[Tr
         config: Prompt order, cut, and `strategy` for the items without a query-label pair ("": the task's default):
             "next_token" (the whole item after a bare cue; the paper's), "stem" (the item's own answer after a short
             stem; the OPPU code's), "completion" (the rest of the text after its first words) and "title_to_abstract".
+        form: "aligned" asks an item with a question and an answer as a query will be; the name of a strategy treats all
+            items alike, and "mixed" every second one as "next_token": the study of history formats.
 
     Raises:
         ValueError: The strategy is not one of the task's, or an item lacks what the strategy needs.
@@ -33,8 +36,13 @@ def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig) -> list[Tr
         allowed = ", ".join(task.strategies) or "none, every item has a query-label pair"
         raise ValueError(f"task.strategy: {config.strategy!r} does not fit {task.name}; expected one of: {allowed}")
     pairs = []
-    for item in items:
-        if not missing_fields(task, item):
+    for number, item in enumerate(items):
+        is_plain = form not in ("aligned", "mixed") or (form == "mixed" and number % 2 == 1)
+        if is_plain:
+            strategy = "next_token" if form == "mixed" else form
+            asked, cue, completion = _split_item(task, item, replace(config, strategy=strategy))
+            prompt = Prompt("", asked, f"\n{cue}", order=config.prompt_order)
+        elif not missing_fields(task, item):
             prompt = make_prompt(task, item, config.prompt_order, config.max_input_words)
             completion = target_text(task, item)
         else:
@@ -48,7 +56,8 @@ def _split_item(task: Task, item: Item, config: TaskConfig) -> tuple[str, str, s
     """Input, cue and completion made from an item without a query-label pair."""
     strategy = config.strategy or (task.strategies[0] if task.strategies else "")
     (field, name), *rest = task.memory
-    text = one_line(getattr(item, field) or "", config.max_input_words)
+    value = getattr(item, field) or ""
+    text = one_line(value if isinstance(value, str) else " ".join(value), config.max_input_words)
     if text and strategy == "next_token":
         tail = f" abstract: {one_line(item.abstract, config.max_input_words)}" if item.abstract else ""
         return "", f"{name}:", memory_line(task, item, config.max_input_words).removeprefix(f"{name}: ") + tail

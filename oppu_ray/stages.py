@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from oppu_ray import __version__
+from oppu_ray.adapter_files import TENSORS_NAME
 from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
 from oppu_ray.config import Config, MemoryConfig, to_dict
@@ -184,6 +185,7 @@ def _train(config: Config) -> dict[str, Any]:
             "num_tokens": num_tokens,
             "useful_tokens_per_s": num_tokens / elapsed,
             "users_per_hour": 3600 * num_trained / elapsed,
+            "adapter_bytes": _adapter_bytes(config, run_id, index),
         }
         if config.privacy.noise_multiplier:
             result["privacy"] = _personal_privacy(config, index)
@@ -203,6 +205,16 @@ def _personal_privacy(config: Config, index: Index) -> dict[str, Any]:
     looks = max(num_looks(num_steps(num, personal), num, personal.items_per_step) for num in sizes)
     cost = epsilon(privacy.noise_multiplier, 1.0, looks, privacy.delta)
     return {"unit": "item", "epsilon": cost, "delta": privacy.delta}
+
+
+def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:
+    """Mean size of this run's adapters on disk."""
+    with closing(open_vault(config)) as vault:
+        hashes = [vault.user_hash(size.user_id) for size in index.sizes("target")]
+        found = [(user, version) for user in hashes if (version := vault.registry.unit_version(run_id, user))]
+        paths = [vault.user_folder(user) / "adapters" / version / TENSORS_NAME for user, version in found]
+    sizes = [path.stat().st_size for path in paths if path.exists()]  # not where it is quarantined
+    return sum(sizes) / max(1, len(sizes))
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -242,6 +254,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         order = {arm.name: number for number, arm in enumerate(arms)}
         predictions.sort(key=lambda prediction: (order[prediction.arm], prediction.user_id))
         result["fingerprints"] |= {"histories": index.fingerprint, "run": plans[config.memory][2]}
+        result["fingerprints"]["evaluations"] = evaluation_ids
+        result["history"] = {user_id: index.entries[user_id].size.num_items for user_id in user_ids}
         result |= summarise(task, predictions, config.evaluate.num_bootstrap, config.seed)
         print(format_table(task, result))
     return result
@@ -312,7 +326,7 @@ def _plan(config: Config) -> tuple[Index, Path, str]:
     task_base = adapted["fingerprints"]["task_base"]
     parts = index.fingerprint, task_base, values["personal"], values["task"], config.seed
     privacy = [values["privacy"]] if config.privacy.noise_multiplier else []
-    run_id = _digest(*parts, *config.memory.recipe.items(), *privacy)
+    run_id = _digest(*parts, *config.memory.recipe.items(), *privacy, *config.study.recipe.items())
     return index, Path(adapted["task_base"]), run_id
 
 

@@ -26,11 +26,11 @@ import torch
 from oppu_ray import evaluation
 from oppu_ray.base_model import Base, load_base, prepare_base
 from oppu_ray.checkpoints import Checkpoint
-from oppu_ray.config import Config, to_dict
+from oppu_ray.config import Config, StudyConfig, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDone, UserHistory, UserWork
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
-from oppu_ray.memory import Memories, Memory
+from oppu_ray.memory import Memories, Memory, choose_items
 from oppu_ray.packing import encode, plan_user, user_seed
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import Index, read_index, read_users
@@ -136,10 +136,11 @@ class Worker:
             works, item_ids = [], {}
             kept: list[UserHistory] = []
             for user in read_users(self.run_dir / "prepare", self.index, tuple(leases)):
-                item_ids[user.user_id] = tuple(item.item_id for item in user.items)
+                learnt = choose_items(self.config, user)
+                item_ids[user.user_id] = tuple(item.item_id for item in learnt.items)
                 try:
                     self._keep_history(user, leases[user.user_id])
-                    kept.append(user)
+                    kept.append(learnt)
                 except ValueError as error:
                     yield failed(user.user_id, str(error))
             self.memories.write_profiles(kept)
@@ -316,7 +317,8 @@ def with_lineage(
         item_ids=item_ids,
         recipe=to_dict(config.personal)
         | ({"memory": config.memory.recipe} if config.memory.name else {})
-        | ({"privacy": to_dict(config.privacy)} if config.privacy.noise_multiplier else {}),
+        | ({"privacy": to_dict(config.privacy)} if config.privacy.noise_multiplier else {})
+        | config.study.recipe,
         seed=seed,
         metrics={"first_loss": result.losses[0], "last_loss": result.losses[-1]},
         run_id=run_id,
@@ -327,7 +329,7 @@ def with_lineage(
 
 def encode_user(config: Config, user: UserHistory, base: Base, memory: Memory | None = None) -> list[Example]:
     """A user's items as tokenised training examples."""
-    pairs = make_pairs(get_task(config.task), user.items, config.task)
+    pairs = make_pairs(get_task(config.task), user.items, config.task, config.study.pairs)
     if memory:
         pairs = memory.add_past(pairs)
     max_length = config.personal.max_length + config.memory.num_extra_tokens
@@ -350,7 +352,7 @@ def encode_base_users(config: Config, base: Base, index: Index, user_ids: Sequen
         vault.add_users([user.user_id for user in users])
     memories = Memories(config, vault, profile_writer(config))
     memories.write_profiles(users)
-    adapting = replace(config, personal=config.adapt)
+    adapting = replace(config, personal=config.adapt, study=StudyConfig())
     examples = {user.user_id: encode_user(adapting, user, base, memories.open(user)) for user in users}
     vault.close()
     return examples

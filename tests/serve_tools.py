@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,12 @@ class FakeEngine:
             token = left.pop(0)
             if not left:
                 del self.active[request_id]
-            logprobs = ((-1.0,), (((token, -1.0),),)) if request.num_logprobs is not None else ((), ())
-            text = self.tokenizer.decode([token])
-            events.append(TokenEvent(request_id, (token,), text, *logprobs, finish_reason=None if left else "length"))
+            event = TokenEvent(
+                request_id, (token,), self.tokenizer.decode([token]), finish_reason=None if left else "length"
+            )
+            if request.num_logprobs is not None:
+                event = replace(event, logprobs=(-1.0,), top_logprobs=(((token, -1.0),),))
+            events.append(event)
         return events
 
     def cancel(self, request_id: str) -> bool:

@@ -76,6 +76,24 @@ def test_errors_name_the_file_the_key_the_value_and_what_is_expected(path: Path,
         load(path, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: {items: few}", "study.items is 'few'; expected all, last_<n>, similar or dissimilar"),
+        ("study: {items: last_0}", "study.items is 'last_0'; expected all"),
+        ("study: {pairs: poem}", "study.pairs is 'poem'; expected one of aligned, next_token"),
+    ],
+)
+def test_a_study_that_there_is_not(path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(path, text)
+
+
+def test_only_a_study_changes_what_an_adapter_depends_on(path: Path) -> None:
+    assert load(path, "").study.recipe == {}
+    assert load(path, "study: {items: last_4}").study.recipe == {"study": {"items": "last_4", "pairs": "aligned"}}
+
+
 def test_a_file_that_cannot_be_read(path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{path}: cannot read the config: .*No such file"):
         load_config(path)
@@ -124,6 +142,11 @@ def test_to_dict_and_back_is_the_same_also_through_json(path: Path, preset: str)
     values: dict[str, Any] = to_dict(config)
     assert from_dict(values) == config
     assert from_dict(json.loads(json.dumps(values))) == config
+
+
+def test_an_override_changes_one_of_two_sections_that_an_alias_makes_equal(path: Path) -> None:
+    config = load(path, "{adapt: &both {epochs: 2}, personal: *both}", "personal.epochs=5")
+    assert (config.adapt.epochs, config.personal.epochs) == (2, 5)
 
 
 def test_a_preset_is_not_changed_by_a_file_that_uses_it(path: Path) -> None:

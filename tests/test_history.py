@@ -312,7 +312,7 @@ def test_a_file_without_a_good_user_is_an_error_with_the_first_reason(tmp_path: 
     ("options", "message"),
     [
         ({"query_share": 0.0}, "data.query_share: expected a number between 0 and 1, got 0.0"),
-        ({"target_order": "random"}, "data.target_order: expected 'active' or 'file', got 'random'"),
+        ({"target_order": "random"}, "data.target_order: expected 'active', 'file' or 'hash', got 'random'"),
         ({"num_base": -1}, "data.num_base: expected 0 or more, got -1"),
     ],
 )
@@ -349,3 +349,29 @@ def test_no_corruption_of_a_file_escapes_as_another_error(tmp_path: Path) -> Non
         assert all(len(entry.value) <= 80 for entry in rejected)
         num_rejected += len(rejected)
     assert num_rejected > 300
+
+
+def test_a_sample_by_hash_is_the_same_in_every_order_of_the_file(tmp_path: Path) -> None:
+    lines = [user(f"u{number}", num_items=2 + number, role="target") for number in range(9)]
+    sample = [one.user_id for one in load(tmp_path, lines, num_targets=3, target_order="hash")[0]]
+    assert sample == [one.user_id for one in load(tmp_path, lines[::-1], num_targets=3, target_order="hash")[0]]
+    assert sample == ["u3", "u5", "u2"]  # the smallest SHA-256 of all nine
+    more = [one.user_id for one in load(tmp_path, lines, num_targets=5, target_order="hash")[0]]
+    assert more[:3] == sample
+
+
+def test_first_queries_cut_any_split(tmp_path: Path) -> None:
+    lines = [user("ann", 8, role="target", query_start=3), user("bob", 8, role="base")]
+    (ann, bob), _ = load(tmp_path, lines, first_queries=2)
+    assert (ids(ann.items), ids(ann.queries)) == (["i1", "i2", "i3"], ["i4", "i5"]) and len(bob.items) == 8
+    (ann, _), _ = load(tmp_path, lines)
+    assert len(ann.queries) == 5
+
+
+def test_settings_are_chosen_on_base_users_only(tmp_path: Path) -> None:
+    lines = [user(f"t{number}", 9, role="target") for number in range(3)]
+    lines += [user(f"b{number}", 4 + number, role="base", query_start=3) for number in range(4)]
+    users, rejected = load(tmp_path, lines, base_only=True, num_targets=2)
+    assert [(one.user_id, one.role) for one in users[:2]] == [("b3", "target"), ("b2", "target")]
+    assert {one.user_id for one in users} == {"b0", "b1", "b2", "b3"} and rejected == []
+    assert len(users[0].items) == 3 and len(users[0].queries) == 4

@@ -84,14 +84,14 @@ def test_every_result_has_its_documented_keys(inline: Path) -> None:
         "prepare": "num_target_users num_target_items num_base_users num_base_items num_queries num_rejected",
         "adapt": "task_base losses num_tokens",
         "train": "num_done num_trained num_failed num_to_retry failed num_packs num_split_users num_recoveries "
-        "recovery_s shard_words num_tokens useful_tokens_per_s users_per_hour",
-        "evaluate": "arms gains nll_gains controls nll_controls",
+        "adapter_bytes recovery_s shard_words num_tokens useful_tokens_per_s users_per_hour",
+        "evaluate": "arms gains nll_gains controls nll_controls history",
     }
     prints = {
         "prepare": {"histories"},
         "adapt": {"histories", "base", "task_base"},
         "train": {"histories", "run"},
-        "evaluate": {"histories", "run"},
+        "evaluate": {"histories", "run", "evaluations"},
     }
     for stage, one in results.items():
         assert set(one) == COMMON | set(own[stage].split()) and one["command"] == stage

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from oppu_ray import memory
-from oppu_ray.config import Config, MemoryConfig, TaskConfig, from_dict, to_dict
+from oppu_ray.config import Config, MemoryConfig, StudyConfig, TaskConfig, from_dict, to_dict
 from oppu_ray.core import Item, Prompt, UserHistory
-from oppu_ray.memory import Memories, Memory
+from oppu_ray.memory import Memories, Memory, choose_items
 from oppu_ray.pairs import make_pairs
 from oppu_ray.retrieval import KINDS, vectors_from_bytes
 from oppu_ray.tasks import get_task, make_prompt, render_prompt
@@ -282,3 +282,22 @@ def test_a_model_writes_the_missing_profiles_in_one_batch_and_the_template_steps
     assert len(asked) == 2  # Eve's was missing
     profiles = [query_prompt(config, made[name], user(name).queries[0]).profile for name in ("ann", "bob")]  # type: ignore[arg-type]
     assert profiles[0].startswith("Most frequent tag") and profiles[1] == "Likes ghosts."
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("similar", ["0", "2", "4"]), ("dissimilar", ["1", "3", "5"])])
+def test_a_study_trains_on_the_half_that_is_most_or_least_like_the_queries(wanted: str, expected: list[str]) -> None:
+    texts = ["war tank", "love kiss", "army war", "kiss bride", "tank battle", "bride dress"]  # in time order
+    items = tuple(Item(str(i), text=text, label=TAGS[0]) for i, text in enumerate(texts))
+    owner = UserHistory("ann", "target", items, (Item("q", text="the war of a tank army", label=TAGS[0]),))
+    config = replace(config_of(), study=StudyConfig(items=wanted))
+    chosen = choose_items(config, owner)
+    assert [item.item_id for item in chosen.items] == expected and chosen.queries == owner.queries
+
+
+def test_a_study_trains_on_the_newest_items() -> None:
+    owner = user("ann")
+    for number in (1, 3):
+        chosen = choose_items(replace(config_of(), study=StudyConfig(items=f"last_{number}")), owner)
+        assert chosen.items == owner.items[-number:]
+    assert choose_items(replace(config_of(), study=StudyConfig(items="last_999")), owner) == owner
+    assert choose_items(config_of(), owner) is owner

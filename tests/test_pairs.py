@@ -3,7 +3,7 @@ import pytest
 from oppu_ray.config import TaskConfig
 from oppu_ray.core import Item, TrainingPair
 from oppu_ray.pairs import make_pairs
-from oppu_ray.tasks import TASKS, get_task, render_prompt
+from oppu_ray.tasks import TASKS, Task, get_task, render_prompt
 
 TWEET = Item("t1", text="Vote  today:\npolls close at eight tonight, folks!")
 PAPER = Item("p1", text="Parsing fast", title="Chart parsing", abstract="We parse.\nFast.")
@@ -89,3 +89,27 @@ def test_pairs_are_deterministic_and_share_the_instruction() -> None:
     assert pairs == make_pairs(get_task(config), items, config)
     assert len({made.prompt.instruction for made in pairs}) == 1
     assert read(pairs[2]) == ("Write the user's next message in this chat.\nPartner: line 2\nYou:", " reply 2")
+
+
+def forms(name: str, items: list[Item], form: str) -> list[tuple[str, str]]:
+    config = TaskConfig(name=name)
+    return [read(made) for made in make_pairs(get_task(config), items, config, form)]
+
+
+def test_a_study_can_treat_aligned_items_as_text() -> None:
+    films = [Item(str(i), text=f"robots in love {i}", label="comedy") for i in range(3)]
+    assert forms("LaMP-2M", films, "next_token")[1] == ("description:", " robots in love 1 tag: comedy")
+    assert forms("LaMP-2M", films, "stem")[1] == ("description: robots in love 1\ntag:", " comedy")
+    assert forms("LaMP-2M", films, "completion")[1] == ("description: robots", " in love 1")
+    aligned, mixed, plain = (forms("LaMP-2M", films, form) for form in ("aligned", "mixed", "next_token"))
+    assert mixed == [aligned[0], plain[1], aligned[2]] and aligned[1] != plain[1]
+
+
+@pytest.mark.parametrize("form", ["next_token", "stem", "completion", "mixed"])
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_every_tasks_items_have_every_form(task: Task, form: str) -> None:
+    values = {"text": "one two three", "title": "a title", "keywords": "one", "context": ("Partner: hi there",)}
+    label = task.labels[0] if task.labels else None
+    made = Item("1", label=label, options=("this", "that"), **values)  # type: ignore[arg-type]
+    for prompt, completion in forms(task.name, [made, made], form):
+        assert prompt and completion.strip()
