@@ -125,10 +125,11 @@ def load_base(config: BaseConfig, path: Path | None = None) -> Base:
     """Loads the base of `config`, preparing it first, or the base folder `path` (a merged one, say) in its place.
 
     On the CPU the weights are a private memory map of the file: shared between processes, and a write in one of them
-    reaches neither the file nor another process.
+    reaches neither the file nor another process. With `quantization` every process has 8 or 4 bit copies of its own,
+    and the fingerprint is one of the file and the kind: an adapter trained on one base is for no other.
 
     Raises:
-        ValueError: if the folder isn't a complete causal LM in safetensors, or the device isn't there.
+        ValueError: if the folder isn't a complete causal LM in safetensors, or device or bitsandbytes isn't there.
     """
     import torch
 
@@ -145,6 +146,11 @@ def load_base(config: BaseConfig, path: Path | None = None) -> Base:
     if fingerprint is None:
         fingerprint = fingerprint_model(model)
         _record_fingerprint(folder, config.dtype, fingerprint)
+    if config.quantization != "none":
+        from oppu_ray.quantization import quantize
+
+        quantize(model, config.quantization, device)
+        fingerprint = hashlib.sha256(f"{fingerprint} {config.quantization}".encode()).hexdigest()
     model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's signature wrongly
     return Base(model, tokenizer, fingerprint, folder)
 

@@ -116,7 +116,7 @@ class BaseConfig:
 
     `sharding` zero3 shares the base out over the workers that train personal adapters; none gives each a whole one.
     With `deepspeed`, the path of a DeepSpeed JSON file, the workers train the task adapter together, as its ZeRO stage
-    says; zero3 needs one of stage 3.
+    says; zero3 needs one of stage 3. `quantization` int8 or nf4 keeps each worker's base in 8 or 4 bits (bitsandbytes).
     """
 
     name: str = "embedded:smollm2-135m"
@@ -124,10 +124,18 @@ class BaseConfig:
     device: str = "cpu"
     sharding: str = "none"
     deepspeed: str = ""
+    quantization: str = "none"
 
     def __post_init__(self) -> None:
         if self.sharding not in ("none", "zero3"):
             raise ValueError(f"base.sharding is {self.sharding!r}; expected none or zero3")
+        if self.quantization not in ("none", "int8", "nf4"):
+            raise ValueError(f"base.quantization is {self.quantization!r}; expected none, int8 or nf4")
+        if self.quantization != "none" and (self.deepspeed or self.sharding != "none"):
+            raise ValueError(
+                f"base.quantization is {self.quantization!r}, and DeepSpeed cannot share such a base out; expected "
+                "base.quantization=none, or base.sharding=none and an empty base.deepspeed"
+            )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def run_doctor(home: Path) -> list[Check]:
         check_python(sys.version_info[:2]),
         *check_packages(_requirements_of(PACKAGE)),
         check_faiss(),
+        check_bitsandbytes(),
         check_compiler(),
         check_cpu(_cpu_flags()),
         check_gpu(),
@@ -92,6 +93,23 @@ def check_faiss() -> Check:
         if version := _version_of(name):
             return Check("faiss", True, f"{name} {version}")
     return Check("faiss", False, "not installed", f"{_PIP} -c constraints.txt -e '.[cpu]'")
+
+
+def check_bitsandbytes() -> Check:
+    """Only `base.quantization` needs it; one that is installed and does not work is a fault."""
+    name, advice = "bitsandbytes", f"{_PIP} -c constraints.txt -e '.[quantized]'"
+    version = _version_of(name)
+    if version is None:
+        return Check(name, True, "not installed; only base.quantization needs it", advice)
+    try:
+        import torch
+
+        from oppu_ray.quantization import why_not
+
+        reason = why_not(torch.device("cpu"))
+    except ImportError as error:  # torch is missing, whose advice check_packages has given
+        reason = str(error)
+    return Check(name, not reason, reason or f"{version}, int8 and nf4 work", advice if reason else "")
 
 
 def check_compiler() -> Check:

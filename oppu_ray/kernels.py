@@ -281,10 +281,9 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def _agrees(module: Any, replacement: Callable[[Tensor], Tensor]) -> bool:
-    width = module.gate_proj.in_features if hasattr(module, "gate_proj") else module.weight.shape[0]
-    weight = next(module.parameters())
+    weight = module.gate_proj.weight if hasattr(module, "gate_proj") else module.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, width, generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(1, 4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     expected, actual = module(x).float(), replacement(x).float()
     tolerance = 0.02 if weight.dtype == torch.bfloat16 else 1e-4
     return bool((expected - actual).norm() <= tolerance * expected.norm())

@@ -36,6 +36,7 @@ from oppu_ray.kernels import (
     rotate_back,
 )
 from oppu_ray.kv_cache import DecodePlan, decode_attention
+from oppu_ray.quantization import QuantizedLinear
 
 Saved = list[Any]
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -199,7 +200,11 @@ def _looks_right(layer: Any) -> bool:
     return (
         {name for name, _ in layer.named_children()} == parts.keys()
         and all({name for name, _ in parts[part].named_children()} - {"act_fn"} == {*LINEARS[part]} for part in LINEARS)
-        and all(type(getattr(parts[part], name)) is nn.Linear for part in LINEARS for name in LINEARS[part])
+        and all(
+            type(getattr(parts[part], name)) in (nn.Linear, QuantizedLinear)
+            for part in LINEARS
+            for name in LINEARS[part]
+        )
         and all(hasattr(parts[name], "variance_epsilon") for name in NORMS)
     )
 

@@ -16,7 +16,7 @@ from oppu_ray.doctor import Check
 def test_every_part_is_looked_at_and_home_is_not_made(tmp_path: Path) -> None:
     checks = doctor.run_doctor(tmp_path / "not" / "yet")
     names = {check.name for check in checks}
-    assert {"python", "faiss", "C++ compiler", "CPU", "GPU", "OPPU_HOME", "Ray token"} <= names
+    assert {"python", "faiss", "bitsandbytes", "C++ compiler", "CPU", "GPU", "OPPU_HOME", "Ray token"} <= names
     assert {"embedded:smollm2-135m", "embedded:gemma3-270m"} <= names
     assert not (tmp_path / "not").exists()
 
@@ -54,6 +54,17 @@ def test_no_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version_of", lambda name: None)
     check = doctor.check_faiss()
     assert not check.ok and check.advice.endswith("-e '.[cpu]'")
+
+
+def test_bitsandbytes_is_optional_and_must_work_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    assert doctor.check_bitsandbytes().ok and doctor.check_bitsandbytes().found.endswith("int8 and nf4 work")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    broken = doctor.check_bitsandbytes()
+    assert not broken.ok and "cannot be imported" in broken.found and broken.advice.endswith("-e '.[quantized]'")
+    monkeypatch.setattr(doctor, "_version_of", lambda name: None)
+    absent = doctor.check_bitsandbytes()
+    assert absent.ok and "only base.quantization needs it" in absent.found and absent.advice == broken.advice
 
 
 def test_cpu_features() -> None:
