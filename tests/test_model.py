@@ -414,7 +414,7 @@ SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(
 
 
 def test_service_and_dictionary_agree() -> None:
-    run_state_machine_as_test(Service, settings=settings(SETTINGS, max_examples=5, stateful_step_count=15))
+    run_state_machine_as_test(Service, settings=settings(SETTINGS, max_examples=8, stateful_step_count=30))
 
 
 @pytest.mark.chaos
