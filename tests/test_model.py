@@ -128,6 +128,8 @@ class Service(RuleBasedStateMachine):
     def open(self, encrypt: bool) -> None:
         self.vault = Vault(self.root, encrypt=encrypt, clock=self.clock)
         self.replica = Replica(CONFIG, base(), self.vault, make_engine(CONFIG, base()))
+        for number, name in enumerate(USERS):
+            self.train(name, number, True, True)
 
     def teardown(self) -> None:
         if hasattr(self, "vault"):
@@ -155,6 +157,12 @@ class Service(RuleBasedStateMachine):
         of_base = base().fingerprint if is_ours else "another base"
         version = self.commit(name, number, of_base=of_base, make_current=make_current)
         self.committed(name, version, number, of_base, make_current)
+
+    @rule(name=user, numbers=st.lists(seed, min_size=2, max_size=3))
+    def train_and_ask_in_turn(self, name: str, numbers: list[int]) -> None:
+        for number in numbers:
+            self.train(name, number, True, True)
+            self.ask([(name, 0)], None)
 
     @rule(name=user, number=seed, at=st.integers(1, 45))
     def die_while_training(self, name: str, number: int, at: int) -> None:
@@ -205,6 +213,7 @@ class Service(RuleBasedStateMachine):
         else:
             assert self.vault.rollback(name) == older.name
             person.current = older.name
+            self.ask([(name, 0)], None)
 
     @rule(name=user, pick=st.integers(0, 20))
     def use(self, name: str, pick: int) -> None:
@@ -220,6 +229,7 @@ class Service(RuleBasedStateMachine):
         else:
             self.vault.use(name, chosen.name)
             person.current = chosen.name
+            self.ask([(name, 0)], None)
 
     @rule(name=user)
     def load(self, name: str) -> None:
@@ -414,7 +424,7 @@ SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(
 
 
 def test_service_and_dictionary_agree() -> None:
-    run_state_machine_as_test(Service, settings=settings(SETTINGS, max_examples=5, stateful_step_count=15))
+    run_state_machine_as_test(Service, settings=settings(SETTINGS, max_examples=5, stateful_step_count=20))
 
 
 @pytest.mark.chaos
