@@ -86,7 +86,7 @@ def why_not(device: torch.device) -> str:
     """What keeps bitsandbytes from working on the device, "" for nothing: both kinds are tried on a small weight."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends packages that are not needed here
     try:
-        import bitsandbytes  # noqa: F401  # which defines torch.ops.bitsandbytes
+        import bitsandbytes  # which defines torch.ops.bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         return f"bitsandbytes cannot be imported ({error})"
     name, linear = f"bitsandbytes {bitsandbytes.__version__}", nn.Linear(BLOCK, 2, bias=False, device="meta")
@@ -96,6 +96,6 @@ def why_not(device: torch.device) -> str:
             found = QuantizedLinear(linear, kind).to(device).weight.cpu()
         except (AttributeError, RuntimeError) as error:
             return f"{name} has no {kind} for {device} ({error})"
-        if (off := (found - linear.weight).norm() / linear.weight.norm()) > 0.2:
+        if not (off := (found - linear.weight).norm() / linear.weight.norm()) <= 0.2:
             return f"{name} is wrong in {kind} on {device}: a weight comes back {off:.0%} off"
     return ""
