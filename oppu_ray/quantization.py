@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # whoever imports it: it asks for packages nobody needs here
 BLOCK = 64  # nf4: weights that share a scale, bitsandbytes' default
 INSTALL = f"{sys.executable} -m pip install -c constraints.txt -e '.[quantized]'"
 
@@ -84,7 +85,6 @@ def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
 @torch.no_grad()
 def why_not(device: torch.device) -> str:
     """What keeps bitsandbytes from working on the device, "" for nothing: both kinds are tried on a small weight."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends packages that are not needed here
     try:
         import bitsandbytes  # which defines torch.ops.bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
