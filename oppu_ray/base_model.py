@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Transformers and accelerate import it where it is installed; it then asks for packages that nobody needs here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 DTYPES = ("bfloat16", "float16", "float32")
 FINGERPRINT_NAME = "fingerprint.json"

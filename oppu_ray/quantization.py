@@ -9,14 +9,12 @@ decoded to the model's type, used and dropped, in training and answering alike.
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # whoever imports it: it asks for packages nobody needs here
 BLOCK = 64  # nf4: weights that share a scale, bitsandbytes' default
 INSTALL = f"{sys.executable} -m pip install -c constraints.txt -e '.[quantized]'"
 
