@@ -82,15 +82,16 @@ def time_packs(config: Config, task_base: Path, units: list[Any], num_workers: i
         return clock.times[-1] - clock.times[0]
 
 
-def measure_base(config: Config, task_base: Path, num_workers: int) -> int:
-    """Bytes that the base takes on this node with so many workers."""
+def measure_base(config: Config, task_base: Path) -> tuple[int, int]:
+    """Bytes that the base takes on this node with one worker and with two; nobody else may have opened it."""
     actor_class: Any = ray.remote(MeasuredWorker).options(num_cpus=1)
-    actors = [actor_class.remote(to_dict(config), str(task_base), "bench", number) for number in range(num_workers)]
-    ray.get([actor.base_bytes.remote() for actor in actors])  # all have opened it before any is measured
-    held = ray.get([actor.base_bytes.remote() for actor in actors])
-    for actor in actors:
+    first, second = (actor_class.remote(to_dict(config), str(task_base), "bench", number) for number in range(2))
+    one = sum(ray.get(first.base_bytes.remote()))
+    ray.get(second.base_bytes.remote())  # both have opened it before they are measured together
+    two = sum(map(sum, ray.get([first.base_bytes.remote(), second.base_bytes.remote()])))
+    for actor in (first, second):
         ray.kill(actor)
-    return sum(map(sum, held))
+    return one, two
 
 
 def main() -> int:
@@ -107,12 +108,13 @@ def main() -> int:
     packs = plan_packs(read_index(run_dir / "prepare").sizes("target"), config.personal)[: options.packs]
     units = [(pack.user_ids,) for pack in packs]
     connect()
+    one, two = measure_base(config, task_base)
+    print(f"base: {one / 1e6:.1f} MB with one worker, {two / 1e6:.1f} MB with two", flush=True)
     seconds: dict[str, list[float]] = {"inline": [], "ray": []}
     for _ in range(options.repeats):
         for name, times in seconds.items():
             times.append(time_packs(config, task_base, units, num_workers=int(name == "ray")))
             print(f"{name}: {times[-1]:.2f} s", flush=True)
-    one, two = (measure_base(config, task_base, num_workers) for num_workers in (1, 2))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = {"ray_vs_inline": medians["ray"] / medians["inline"], "base_two_vs_one": two / one}
     result = {
@@ -125,7 +127,6 @@ def main() -> int:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out, json.dumps(result, indent=1).encode())
-    print(f"base: {one / 1e6:.1f} MB with one worker, {two / 1e6:.1f} MB with two")
     print("\n".join(f"{name}: {value:.3f}" for name, value in ratios.items()))
     return 0
 
