@@ -199,8 +199,7 @@ def summarise(task: Task, predictions: Sequence[Prediction], num_bootstrap: int,
     def compare(arm: str, over: str, metric: str) -> dict[str, Any]:
         answers, reference = by_arm[arm], by_arm[over]
         gain = paired_gain(*paired_gains(task, answers, reference, metric), num_bootstrap, seed)
-        both = answers.keys() & reference.keys()
-        changed = float(np.mean([answers[key].text != reference[key].text for key in both]))
+        changed = share_changed(answers, reference)
         return {"over": over, "metric": metric, **dataclasses.asdict(gain), "changed": changed}
 
     metric = main_metric(task)
@@ -248,6 +247,11 @@ def paired_gains(
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     gain_Q = np.array([sign * (value(answers[key]) - value(reference[key])) for key in common])
     return gain_Q, [user_id for user_id, _ in common]
+
+
+def share_changed(answers: dict[Key, Prediction], reference: dict[Key, Prediction]) -> float:
+    """Share of the queries of both whose free answer is another one."""
+    return float(np.mean([answers[key].text != reference[key].text for key in answers.keys() & reference.keys()]))
 
 
 EXPLAINED = {

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,17 +25,30 @@ def oppu_home() -> Path:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step, on disk before it returns; mode 0600."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    with _partial(path, content) as partial:
+        os.replace(partial, path)
+    _sync(path.parent)
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """The same where no file is yet; one that is there stays as it is. Of several writers at once one wins."""
+    with _partial(path, content) as partial, suppress(FileExistsError):
+        os.link(partial, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def _partial(path: Path, content: bytes) -> Iterator[Path]:
+    """A file beside `path` with the content, on disk; gone at the end unless it was renamed."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    _sync(path.parent)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 @contextmanager

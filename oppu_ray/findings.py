@@ -20,9 +20,9 @@ import numpy as np
 
 from oppu_ray.config import from_dict
 from oppu_ray.core import Prediction
-from oppu_ray.evaluation import HEURISTIC_ARMS, Key, answers_by_arm, paired_gains, parse_arm, score_arm
+from oppu_ray.evaluation import HEURISTIC_ARMS, Key, answers_by_arm, paired_gains, parse_arm, score_arm, share_changed
 from oppu_ray.metrics import main_metric
-from oppu_ray.statistics import LEVEL, Gain, concentration, holm, num_needed, paired_gain
+from oppu_ray.statistics import LEVEL, Gain, concentration, holm, num_needed, paired_gain, sum_by_user
 from oppu_ray.tasks import Task, get_task
 
 SMALLEST_GAIN = {"accuracy": 0.02, "mae": 0.05, "rougeL": 0.01, "nll": 0.02}
@@ -163,7 +163,7 @@ def find(runs: Sequence[Run], suites: Sequence[dict[str, Any]], num_resamples: i
                 variants[run.variant] = _find_variant(same, reference, num_resamples)
     for study in studies.values():
         for name, variants in study.items():
-            study[name] = {ORDINARY: _as_variant(mains[name], num_resamples), **variants}
+            study[name] = {ORDINARY: _find_variant(mains[name], mains[name], num_resamples), **variants}
     findings = {"sets": sets, "studies": studies, "cost": _cost(suites)}
     return {**findings, "claims": _claims(findings), "hardware": runs[0].result["hardware"]}
 
@@ -205,12 +205,11 @@ def _find_set(runs: list[Run], num_resamples: int) -> dict[str, Any]:
     comparisons: dict[str, Any] = {}
     for arm, over in comparisons_of(common):
         metrics = [metric] if {arm, over} & set(HEURISTIC_ARMS) else [metric, "nll"]
-        both = first.answers[arm].keys() & first.answers[over].keys()
-        if not both:
+        if not first.answers[arm].keys() & first.answers[over].keys():
             continue
         comparisons[f"{arm}/{over}"] = {
             name: _gain_dict(*compare([(run, arm, run, over) for run in runs], name, num_resamples)) for name in metrics
-        } | {"changed": float(np.mean([first.answers[arm][k].text != first.answers[over][k].text for k in both]))}
+        } | {"changed": share_changed(first.answers[arm], first.answers[over])}
     found = {
         "task": first.task.name,
         "lamp": first.task.lamp,
@@ -293,8 +292,7 @@ def _concentration(runs: list[Run], metric: str) -> dict[str, list[float] | None
     curves: dict[str, list[float] | None] = {}
     for name in (metric, "nll"):
         gain_Q, users = paired_gains(runs[0].task, runs[0].answers["oppu"], runs[0].answers["task"], name)
-        _, index_Q = np.unique(np.asarray(users), return_inverse=True)
-        curve = concentration(np.bincount(index_Q, weights=gain_Q))
+        curve = concentration(sum_by_user(gain_Q, users)[0])
         curves[name] = None if curve is None else [float(share) for share in curve]
     return curves
 
@@ -309,11 +307,6 @@ def _find_variant(runs: list[Run], mains: list[Run], num_resamples: int) -> dict
     metric = main_metric(runs[0].task)
     gains = {name: _gain_dict(*compare(pairs, name, num_resamples)) for name in (metric, "nll")}
     return {"metric": metric, "scores": _mean_scores(runs, "oppu"), **gains, **_adapter_cost(runs[0])}
-
-
-def _as_variant(mains: list[Run], num_resamples: int) -> dict[str, Any]:
-    """The main run as one more variant: what the others are to be seen beside."""
-    return _find_variant(mains, mains, num_resamples)
 
 
 def _adapter_cost(run: Run) -> dict[str, float | None]:

@@ -106,7 +106,7 @@ class _Pool:
     ):
         self.method, self.progress, self.telemetry = method, progress, Telemetry(run_id)
         self.arguments = to_dict(config), str(task_base), run_id
-        self.actor_class = _actor_class(config.workers)
+        self.actor_class = actor_class(RayWorker, config.workers)
         self.shards = [_Shard(number, list(units)) for number, units in enumerate(shards) if units]
         self.num_left = sum(len(unit[0]) for shard in self.shards for unit in shard.waiting)
         if method == "train":
@@ -273,9 +273,10 @@ class _Pool:
             self._drop(shard)
 
 
-def _actor_class(workers: WorkersConfig) -> Any:
+def actor_class(plain: type, workers: WorkersConfig) -> Any:
+    """A plain class as one of actors, each with a worker's cores, GPUs and threads."""
     environment = {"env_vars": thread_environment(workers)}
-    return ray.remote(RayWorker).options(
+    return ray.remote(plain).options(
         num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, runtime_env=environment
     )
 

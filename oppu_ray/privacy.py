@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import secrets
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +25,7 @@ import torch
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import PrivacyConfig, TrainConfig
 from oppu_ray.core import Example, UserWork
+from oppu_ray.files import write_once
 from oppu_ray.secure import derive, stream
 from oppu_ray.training import Backward, backward_step
 
@@ -38,17 +37,7 @@ def noise_key(path: Path) -> bytes:
     """The key in a file of mode 0600, drawn when first asked for; processes that ask at once get the same."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            pass  # another process was faster
-        finally:
-            os.unlink(partial)
+        write_once(path, secrets.token_bytes(KEY_BYTES))
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise ValueError(

@@ -418,16 +418,13 @@ def _set_label(name: str, found: dict[str, Any]) -> str:
     return f"{name} ({found['lamp']})" if found["lamp"] else name
 
 
-def _number(value: float) -> str:
-    text = f"{value:.3f}"
+def _number(value: float, sign: str = "") -> str:
+    text = f"{value:{sign}.3f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def _interval(mean: float, low: float, high: float) -> str:
-    def signed(value: float) -> str:
-        return f"{value:+.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:+.3f}"
-
-    return f"{signed(mean)} [{signed(low)}, {signed(high)}]"
+    return f"{_number(mean, '+')} [{_number(low, '+')}, {_number(high, '+')}]"
 
 
 def _p(value: float) -> str:

@@ -18,7 +18,7 @@ from ray import exceptions
 
 from oppu_ray.config import Config, from_dict, to_dict
 from oppu_ray.federated import Host
-from oppu_ray.pool import connect, thread_environment
+from oppu_ray.pool import actor_class, connect
 
 POLL_S = 0.5
 
@@ -40,12 +40,8 @@ class ActorHosts:
         self, config: Config, shards: Mapping[int, Sequence[str]], folder: Path, tick: Callable[[], None] = lambda: None
     ):
         connect()
-        workers, num = config.workers, min(config.workers.num_workers, len(shards))
-        self.actor_class = ray.remote(RayHost).options(
-            num_cpus=workers.cpus_per_worker,
-            num_gpus=workers.gpus_per_worker,
-            runtime_env={"env_vars": thread_environment(workers)},
-        )
+        num = min(config.workers.num_workers, len(shards))
+        self.actor_class = actor_class(RayHost, config.workers)
         self.config, self.folder, self.tick = config, folder, tick
         self.groups = [{number: shards[number] for number in sorted(shards)[place::num]} for place in range(num)]
         self.actors: list[Any] = [None] * num

@@ -61,15 +61,13 @@ def paired_gain(gain_Q: np.ndarray, users: Sequence[str], num_resamples: int, se
     """
     if not len(gain_Q) or len(gain_Q) != len(users):
         raise ValueError(f"expected a gain and its user for at least one query, got {len(gain_Q)} and {len(users)}")
-    names, index_Q = np.unique(np.asarray(users), return_inverse=True)
-    sum_U = np.bincount(index_Q, weights=gain_Q)
-    num_U = np.bincount(index_Q)
+    sum_U, num_U = sum_by_user(gain_Q, users)
     gain_U = sum_U / num_U
     low, high = bootstrap_interval(gain_Q, num_resamples, seed)
     user_low, user_high = bootstrap_interval(gain_U, num_resamples, seed)
     curve = concentration(sum_U)
     # Of one user nothing is known about other users: then queries stand alone.
-    residual = sum_U - num_U * gain_Q.mean() if len(names) > 1 else gain_Q - gain_Q.mean()
+    residual = sum_U - num_U * gain_Q.mean() if len(sum_U) > 1 else gain_Q - gain_Q.mean()
     return Gain(
         mean=float(gain_Q.mean()),
         low=low,
@@ -80,10 +78,16 @@ def paired_gain(gain_Q: np.ndarray, users: Sequence[str], num_resamples: int, se
         by_user_high=user_high,
         by_user_p=sign_flip_p(gain_U, num_resamples, seed),
         num_queries=len(gain_Q),
-        num_users=len(names),
+        num_users=len(sum_U),
         sd=float(np.sqrt((residual**2).sum() / len(gain_Q) * len(residual) / max(1, len(residual) - 1))),
-        top_share=float(curve[max(1, round(len(names) / 10)) - 1]) if curve is not None else None,
+        top_share=float(curve[max(1, round(len(sum_U) / 10)) - 1]) if curve is not None else None,
     )
+
+
+def sum_by_user(gain_Q: np.ndarray, users: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Each user's summed gain and number of queries, users in order of name."""
+    _, index_Q = np.unique(np.asarray(users), return_inverse=True)
+    return np.bincount(index_Q, weights=gain_Q), np.bincount(index_Q)
 
 
 def bootstrap_interval(values: np.ndarray, num_resamples: int, seed: int) -> tuple[float, float]:

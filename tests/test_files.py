@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oppu_ray.files import fetch_wheel, new_folder, oppu_home, write_atomic
+from oppu_ray.files import fetch_wheel, new_folder, oppu_home, write_atomic, write_once
 
 WHEEL = "tiny_data-1.0-py3-none-any.whl"
 
@@ -37,6 +37,17 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, b"newer")
     assert path.read_bytes() == b"new" and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_that_is_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.key"
+    write_once(path, b"first")
+    write_once(path, b"second")
+    assert path.read_bytes() == b"first" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_once(tmp_path / "b.key", b"third")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.key"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

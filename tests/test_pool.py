@@ -52,7 +52,7 @@ class FakeRay:
         self.num_actors: dict[int, int] = defaultdict(int)
         self.cancelled: list[Any] = []
 
-    def actor_class(self, _: Any) -> Any:
+    def actor_class(self, *_: Any) -> Any:
         return SimpleNamespace(remote=lambda *arguments: self.actor(arguments[-1]))
 
     def actor(self, number: int) -> Any:
@@ -91,7 +91,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(pool, "ray", fake)
     monkeypatch.setattr(pool, "connect", lambda: None)
-    monkeypatch.setattr(pool, "_actor_class", fake.actor_class)
+    monkeypatch.setattr(pool, "actor_class", fake.actor_class)
     return fake
 
 
