@@ -45,8 +45,9 @@ CLAIMS = {
     "peft_methods": "it helps with every PEFT method",
     "history_amount": "it helps with little history",
     "privacy": "it helps where training is private",
+    "federated": "it helps on a task adapter that was trained federated",
 }
-"""What the paper's abstract says, claim by claim; the last three go beyond it or are controls of ours."""
+"""What the paper's abstract says, claim by claim; the last four go beyond it or are controls of ours."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,8 @@ def _find_variant(runs: list[Run], mains: list[Run], num_resamples: int) -> dict
     pairs = [(run, "oppu", run if "task" in run.answers else of_seed[run.seed], "task") for run in runs]
     metric = main_metric(runs[0].task)
     gains = {name: _gain_dict(*compare(pairs, name, num_resamples)) for name in (metric, "nll")}
-    return {"metric": metric, "scores": _mean_scores(runs, "oppu"), **gains, **_adapter_cost(runs[0])}
+    scores = {"scores": _mean_scores(runs, "oppu"), "task_scores": _mean_scores([run for *_, run, _ in pairs], "task")}
+    return {"metric": metric, **scores, **gains, **_adapter_cost(runs[0])}
 
 
 def _adapter_cost(run: Run) -> dict[str, float | None]:

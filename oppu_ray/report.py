@@ -299,11 +299,11 @@ def _studies(findings: dict[str, Any], pictures: dict[str, bytes]) -> list[Block
                 gains = [found[m] for m in (metric, "nll")]
                 size, seconds = found["adapter_bytes"], found["s_per_user"]
                 rows.append(
-                    (name, variant, _number(found["scores"][metric]),
+                    (name, variant, _number(found["task_scores"][metric]), _number(found["scores"][metric]),
                      *(_interval(gain["mean"], gain["low"], gain["high"]) for gain in gains),
                      f"{size / 1e3:,.0f} kB" if size else "-", f"{seconds:.1f} s" if seconds else "-")
                 )  # fmt: skip
-        head = ("set", "variant", "score", "gain in the metric", "gain in nats per token", "per user", "training")
+        head = ("set", "variant", "task-adapted", "OPPU", "gain in the metric", "gain in nats per token", "per user", "training")
         title = study.replace("_", " ").replace("peft", "PEFT")
         title = title[0].upper() + title[1:]
         blocks += [

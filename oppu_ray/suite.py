@@ -25,7 +25,7 @@ from oppu_ray.files import write_atomic
 from oppu_ray.findings import MAIN
 
 TIMES_NAME = "times.jsonl"
-PERSONAL_KEYS = ("personal.", "study.", "evaluate.")
+PERSONAL_KEYS = ("personal.", "privacy.", "study.", "evaluate.")
 """What a variant may change and still share its main run's histories and task adapter."""
 
 
