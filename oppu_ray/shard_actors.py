@@ -1,6 +1,6 @@
 """Federated shards as Ray actors: everybody is asked, and who does not answer in time is left out.
 
-In: messages to shards. Out: their answers, and why any is missing. An actor hosts one or more shards (`federated.Host`)
+In: messages to shards. Out: their answers, and why any is missing. An actor hosts one or more shards (`shards.Host`)
 and reads their users' histories alone. The decision a reader would question: nothing is retried here, nor is anyone
 waited for. A round counts without them; an actor that is lost is started again when it is next asked, and one that is
 late is asked again when it has answered what it was asked before.
@@ -17,14 +17,14 @@ import ray
 from ray import exceptions
 
 from oppu_ray.config import Config, from_dict, to_dict
-from oppu_ray.federated import Host
 from oppu_ray.pool import actor_class, connect
+from oppu_ray.shards import Host
 
 POLL_S = 0.5
 
 
 class RayHost:
-    """`federated.Host` as an actor."""
+    """`shards.Host` as an actor."""
 
     def __init__(self, config: dict[str, Any], shards: dict[int, Sequence[str]], folder: str):
         self.host = Host(from_dict(config), shards, Path(folder))

@@ -22,9 +22,10 @@ from oppu_ray.aggregation import Arrays, RoundState, flatten, linear_name, train
 from oppu_ray.base_model import Base, load_base
 from oppu_ray.cli import main
 from oppu_ray.config import Config, load_config
-from oppu_ray.federated import LocalHosts, RoundRecord, Shard, load_state, plan_base_shards, train_rounds
+from oppu_ray.federated import LocalHosts, RoundRecord, load_state, plan_base_shards, train_rounds
 from oppu_ray.prepared import read_index
 from oppu_ray.progress import ClusterLost, Progress
+from oppu_ray.shards import Shard, read_message, read_state, write_message
 from oppu_ray.workers import open_base
 
 CANARY = "xyzzyplugh"
@@ -62,7 +63,7 @@ def tampered(change: Callable[[int, int, str, bytes], bytes | str | None]) -> It
     ) -> tuple[dict[int, bytes], dict[int, str]]:
         replies, missing = before(self, method, messages, shared)
         for number, reply in list(replies.items()):
-            changed = change(federated.read_state(shared).num_rounds if shared else -1, number, method, reply)
+            changed = change(read_state(shared).num_rounds if shared else -1, number, method, reply)
             if isinstance(changed, str):
                 missing[number] = changed
                 del replies[number]
@@ -276,7 +277,7 @@ def test_no_text_leaves_a_shard_and_its_bytes_are_counted(
     assert prepared_text.count(CANARY) > 20
     tokens = np.array(base.tokenizer(CANARY)["input_ids"], np.int64).tobytes()
     for _, _, reply in replies:
-        header, _ = federated.read_message(reply)
+        header, _ = read_message(reply)
         assert CANARY.encode() not in reply and tokens not in reply and b"film" not in reply
         assert header.keys() <= {"loss", "weight", "mask", "cipher", "shares", "seeds", "keys"}
         if "noise_multiplier" in changes:
@@ -289,9 +290,9 @@ def poison(kind: str) -> Callable[[int, int, str, bytes], bytes | None]:
     def change(number: int, shard: int, method: str, reply: bytes) -> bytes | None:
         if shard != 1:
             return None
-        header, arrays = federated.read_message(reply)
+        header, arrays = read_message(reply)
         factor = {"nan": np.nan, "scaled": 1000.0, "flipped": -1.0}[kind]
-        return federated.write_message(header, {"delta": (arrays["delta"] * factor).astype(np.float32)})
+        return write_message(header, {"delta": (arrays["delta"] * factor).astype(np.float32)})
 
     return change
 

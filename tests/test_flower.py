@@ -16,9 +16,10 @@ from tiny import tiny_base
 
 from oppu_ray.aggregation import RoundState, flatten, trained_keys, unflatten
 from oppu_ray.config import load_config
-from oppu_ray.federated import Shard, initial_adapter, plan_base_shards, train_rounds
+from oppu_ray.federated import initial_adapter, plan_base_shards, train_rounds
 from oppu_ray.prepared import read_index
 from oppu_ray.progress import Progress
+from oppu_ray.shards import Shard
 from oppu_ray.workers import open_base
 
 pytestmark = pytest.mark.slow

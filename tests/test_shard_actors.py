@@ -15,12 +15,14 @@ from faults import until
 from line_tools import oppu, tagging_user, write_config, write_users
 from tiny import tiny_base
 
-from oppu_ray import federated, shard_actors
+from oppu_ray import shard_actors
+from oppu_ray.aggregation import RoundState
 from oppu_ray.config import Config, load_config
-from oppu_ray.federated import Host, LocalHosts, plan_base_shards, read_state, train_rounds
+from oppu_ray.federated import LocalHosts, initial_adapter, plan_base_shards, train_rounds
 from oppu_ray.prepared import read_index
 from oppu_ray.progress import Progress
 from oppu_ray.shard_actors import ActorHosts, RayHost
+from oppu_ray.shards import Host, read_state, write_message, write_state
 from oppu_ray.workers import open_base
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -94,9 +96,9 @@ def test_a_late_shard_is_left_out_and_asked_again_when_it_has_answered(config: C
     (folder / "0-1").write_text("wait")
     plan = plan_base_shards(config, read_index(Path(config.run_dir) / "prepare"))
     base = open_base(config)
-    state = federated.write_state(federated.RoundState(0, federated.initial_adapter(config, base)))
-    train = dict.fromkeys(plan, federated.write_message({}, {}))
-    hello = dict.fromkeys(plan, federated.write_message({"attempt": "a"}, {}))
+    state = write_state(RoundState(0, initial_adapter(config, base)))
+    train = dict.fromkeys(plan, write_message({}, {}))
+    hello = dict.fromkeys(plan, write_message({"attempt": "a"}, {}))
     hosts = ActorHosts(config, plan, folder)
     assert hosts.ask("keys", hello, b"")[1] == {}  # all are up
     hosts.config = replace(config, federated=replace(config.federated, round_timeout_s=4.0))
@@ -119,5 +121,5 @@ def test_a_shard_that_cannot_be_set_up_is_the_configs_fault(config: Config, tmp_
     plan = plan_base_shards(config, read_index(Path(config.run_dir) / "prepare"))
     hosts = ActorHosts(broken, plan, tmp_path)
     with pytest.raises(ValueError, match="cannot start"):
-        hosts.ask("keys", {0: federated.write_message({"attempt": "a"}, {})}, b"")
+        hosts.ask("keys", {0: write_message({"attempt": "a"}, {})}, b"")
     hosts.close()
