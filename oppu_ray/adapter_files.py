@@ -3,7 +3,7 @@
 In: the tensors and PEFT config that training hands out. Out: `adapter_config.json` and `adapter_model.safetensors`,
 which `PeftModel.from_pretrained` loads unchanged. A reader might question that we read the files ourselves: PEFT 0.21
 takes a partial state dict, wrong names and NaN without a word, and falls back to a pickle when the safetensors file is
-missing.
+missing. What is checked and parsed are bytes in memory: the vault hands over those whose checksum it has taken.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from oppu_ray.core import AdapterState
 from oppu_ray.files import new_folder
@@ -34,21 +34,35 @@ _KEYS_OF_KIND = {
     "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads",
                       "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"},
 }  # fmt: skip
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16
 
 
 def save_adapter(folder: Path, adapter: AdapterState) -> None:
-    """Writes `adapter` as a new folder that PEFT loads; either the whole folder appears, on disk, or nothing does.
+    """Writes `encode_adapter`'s files as a new folder; either the whole folder appears, on disk, or nothing does.
 
     Args:
         folder: Must not exist yet, or be empty: an adapter is never overwritten.
-        adapter: float32 arrays under PEFT's on-disk names. `peft_config` needs `peft_type`, `base_model_name_or_path`
-            and what differs from PEFT's defaults; all other keys are filled in as PEFT writes them.
 
     Raises:
-        ValueError: for anything that `load_adapter` would refuse, or a folder that is already there.
+        ValueError: As `encode_adapter`, or a folder that is already there.
     """
-    where = str(folder)
+    files = encode_adapter(adapter, str(folder))
+    with new_folder(folder) as partial:
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+
+
+def encode_adapter(adapter: AdapterState, where: str) -> dict[str, bytes]:
+    """The adapter's files by name, as PEFT loads them.
+
+    Args:
+        adapter: float32 arrays under PEFT's on-disk names. `peft_config` needs `peft_type`, `base_model_name_or_path`
+            and what differs from PEFT's defaults; all other keys are filled in as PEFT writes them.
+        where: What an error calls it, e.g. the folder.
+
+    Raises:
+        ValueError: for anything that `decode_adapter` would refuse.
+    """
     kind = _check_kind(adapter.peft_config, where)
     if not adapter.peft_config.get("base_model_name_or_path"):
         raise ValueError(f"{where}: peft_config has no 'base_model_name_or_path'; expected the base's hub id or folder")
@@ -58,47 +72,63 @@ def save_adapter(folder: Path, adapter: AdapterState) -> None:
         raise ValueError(f"{where}: peft_config has a key that PEFT does not know: {error}") from error
     peft_config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     check_adapter(AdapterState(adapter.tensors, peft_config), where)
-    with new_folder(folder) as partial:
-        text = json.dumps(peft_config, indent=2, sort_keys=True)
-        (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
-        tensors = {key: np.ascontiguousarray(tensor) for key, tensor in adapter.tensors.items()}
-        save_file(tensors, partial / TENSORS_NAME, metadata={"format": "pt"})
+    tensors = {key: np.ascontiguousarray(tensor) for key, tensor in adapter.tensors.items()}
+    return {
+        CONFIG_NAME: json.dumps(peft_config, indent=2, sort_keys=True).encode(),
+        TENSORS_NAME: save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def load_adapter(folder: Path) -> AdapterState:
-    """Reads one adapter folder, made here or by PEFT, and verifies it as `check_adapter` says.
+    """Reads one adapter folder, made here or by PEFT; returns and raises as `decode_adapter`.
+
+    Pickle files are never opened.
+    """
+    files = {name: (folder / name).read_bytes() for name in (CONFIG_NAME, TENSORS_NAME) if (folder / name).is_file()}
+    if CONFIG_NAME in files and TENSORS_NAME not in files:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
+        raise ValueError(f"{folder}: {found}; expected {TENSORS_NAME}")
+    return decode_adapter(files, str(folder))
+
+
+def decode_adapter(files: Mapping[str, bytes], where: str) -> AdapterState:
+    """The adapter in a folder's files, by name, verified as `check_adapter` says.
 
     Returns:
         AdapterState: tensors in float32 (float16 and bfloat16 files are widened), `peft_config` as it stands on disk.
 
     Raises:
-        ValueError: naming the folder or file, the key, the value and what is expected. Pickle files are never opened.
+        ValueError: naming `where` and the file, the key, the value and what is expected.
     """
-    config_path, tensors_path = folder / CONFIG_NAME, folder / TENSORS_NAME
-    if not config_path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_NAME}; expected a folder with an adapter in PEFT format")
-    if not tensors_path.is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
-        raise ValueError(f"{folder}: {found}; expected {TENSORS_NAME}")
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        if name not in files:
+            raise ValueError(f"{where}: no {name}; expected a folder with an adapter in PEFT format")
     try:
-        peft_config = json.loads(config_path.read_text(encoding="utf-8"))
+        peft_config = json.loads(files[CONFIG_NAME].decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_path}: not JSON: {error}") from error
+        raise ValueError(f"{where}/{CONFIG_NAME}: not JSON: {error}") from error
     if not isinstance(peft_config, dict):
-        raise ValueError(f"{config_path}: holds a {type(peft_config).__name__}; expected an object with 'peft_type'")
+        held = type(peft_config).__name__
+        raise ValueError(f"{where}/{CONFIG_NAME}: holds a {held}; expected an object with 'peft_type'")
     try:
-        with safe_open(tensors_path, framework="pt") as file:
-            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-            for key, dtype in dtypes.items():
-                if dtype not in _FLOAT_DTYPES:
-                    raise ValueError(f"{tensors_path}: {key!r} is {dtype}; expected one of {', '.join(_FLOAT_DTYPES)}")
-            tensors = {key: file.get_tensor(key).float().numpy() for key in dtypes}
+        parts = deserialize(files[TENSORS_NAME])
     except SafetensorError as error:
-        raise ValueError(f"{tensors_path}: not a whole safetensors file: {error}") from error
-    adapter = AdapterState(tensors, peft_config)
-    check_adapter(adapter, str(folder))
+        raise ValueError(f"{where}/{TENSORS_NAME}: not a whole safetensors file: {error}") from error
+    for key, part in parts:
+        if part["dtype"] not in _FLOAT_DTYPES:
+            wanted = ", ".join(_FLOAT_DTYPES)
+            raise ValueError(f"{where}/{TENSORS_NAME}: {key!r} is {part['dtype']}; expected one of {wanted}")
+    adapter = AdapterState({key: _float32(part) for key, part in parts}, peft_config)
+    check_adapter(adapter, where)
     return adapter
+
+
+def _float32(part: Mapping[str, Any]) -> np.ndarray:
+    array = np.ndarray(part["shape"], _FLOAT_DTYPES[part["dtype"]], part["data"])
+    if part["dtype"] == "BF16":  # float32 without its lower half
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
 def check_adapter(adapter: AdapterState, where: str) -> None:
