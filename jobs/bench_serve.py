@@ -195,10 +195,9 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     users = asked_users(options)
 
     def fetch(user: int) -> FittedAdapter:
-        user_id = f"u{user}"
-        version = vault.registry.current(vault.user_hash(user_id))
+        version = vault.registry.current(vault.user_hash(f"u{user}"))
         assert version is not None
-        adapter, _ = vault.load(user_id, version.version, base_fingerprint=base.fingerprint)
+        adapter, _ = vault.load_version(version, base_fingerprint=base.fingerprint)
         return engine.fit(adapter)
 
     rows["cold"] = percentiles("added", [cold_s(engine, fetch, user) for user in users.pop("cold")])

@@ -484,8 +484,11 @@ class AdapterBank:
             with torch.no_grad():
                 self.prompts.write(slot, embedding(ids.to(self.device)).float())  # type: ignore[union-attr]
 
-    def _occupy(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
+    def _name(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
         self.peft[slot], self.seeds[slot], self.scaling_S[slot] = peft, seed, scaling(peft)
+
+    def _occupy(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
+        self._name(slot, peft, seed)
         self._clear(slot)
 
     def _clear(self, slot: int) -> None:
@@ -546,10 +549,11 @@ class AdapterBank:
 
     def place(self, slot: int, fitted: FittedAdapter) -> None:
         """Copy a fitted adapter into a slot."""
-        self._occupy(slot, fitted.peft)
         if self._memory_SN is not None:
+            self._name(slot, fitted.peft)
             self._memory_SN[slot] = fitted.memory_N
             return
+        self._occupy(slot, fitted.peft)
         for stack, value in self._views(fitted.memory_N[None]):
             stack.write(slot, value[0])
 

@@ -225,16 +225,29 @@ class Vault:
         user_hash = self.user_hash(user)
         while True:
             row = self._find(user_hash, version)
-            if base_fingerprint is not None and row.base_fingerprint != base_fingerprint:
-                trained, here = row.base_fingerprint[:16], base_fingerprint[:16]
-                raise ValueError(f"user {user_hash[:12]}: {row.version} was trained on base {trained}, not on {here}")
             try:
-                with disk_errors(user_hash, "load"):
-                    return self.read_version(self.user_folder(user_hash) / "adapters" / row.version, row)
-            except CorruptError as error:
-                self._quarantine(row, str(error))
+                return self.load_version(row, base_fingerprint=base_fingerprint)
+            except CorruptError:
                 if version is not None:
                     raise
+
+    def load_version(self, row: Version, *, base_fingerprint: str | None) -> tuple[AdapterState, Manifest]:
+        """As `load`, for a version just looked up in the registry.
+
+        Raises:
+            CorruptError: It is quarantined now.
+            ValueError: It cannot be read, or was trained on another base.
+        """
+        user_hash = row.user_hash
+        if base_fingerprint is not None and row.base_fingerprint != base_fingerprint:
+            trained, here = row.base_fingerprint[:16], base_fingerprint[:16]
+            raise ValueError(f"user {user_hash[:12]}: {row.version} was trained on base {trained}, not on {here}")
+        try:
+            with disk_errors(user_hash, "load"):
+                return self.read_version(self.user_folder(user_hash) / "adapters" / row.version, row)
+        except CorruptError as error:
+            self._quarantine(row, str(error))
+            raise
 
     def use(self, user: str, version: str) -> None:
         """Make an older or newer version current, after verifying it."""
@@ -499,12 +512,9 @@ class Vault:
         return self.unseal(row.user_hash, f"adapters/{row.version}/{name}", data)
 
     def _find(self, user_hash: str, version: str | None) -> Version:
-        if version is None:
-            row = self.registry.current(user_hash)
-        else:
-            good = [row for row in self.registry.versions(user_hash) if row.is_good and row.version == version]
-            row = good[0] if good else None
-        if row is not None:
+        registry = self.registry
+        row = registry.current(user_hash) if version is None else registry.version(user_hash, version)
+        if row is not None and row.is_good:
             return row
         if not self.registry.has_user(user_hash):
             raise ValueError(f"user {user_hash[:12]}: no such user")

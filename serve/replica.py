@@ -347,9 +347,9 @@ class Replica:
         fallback = ""
         while (chosen := self._choose(user_hash)).version is not None:
             fallback = fallback or chosen.fallback
-            user, version = UserHash(user_hash), chosen.version.version
+            version = chosen.version.version
             try:
-                adapter, _ = self.vault.load(user, version, base_fingerprint=self.base.fingerprint)
+                adapter, _ = self.vault.load_version(chosen.version, base_fingerprint=self.base.fingerprint)
             except CorruptError:
                 fallback = "corrupt_version"
                 continue
