@@ -164,11 +164,13 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from oppu_ray.inference import Engine
     from oppu_ray.vault import Vault
     from oppu_ray.workers import open_base
+    from serve.replica import IDLE_PASS_TOKENS, PASS_TOKENS
 
     torch.set_num_threads(options.threads)
     config = open_config(options)
     base = open_base(config)
-    engine = Engine(base.model, ROWS, [config.personal.peft], max_rows=ROWS, max_tokens_per_pass=512)
+    passes = {"max_tokens_per_pass": IDLE_PASS_TOKENS, "max_tokens_while_decoding": PASS_TOKENS}
+    engine = Engine(base.model, ROWS, [config.personal.peft], max_rows=ROWS, **passes)
     engine.warm_up()
     for i in range(ROWS):
         engine.load(f"u{i}", load_adapter(folder / f"u{i}"))
@@ -195,10 +197,9 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     users = asked_users(options)
 
     def fetch(user: int) -> FittedAdapter:
-        user_id = f"u{user}"
-        version = vault.registry.current(vault.user_hash(user_id))
+        version = vault.registry.current(vault.user_hash(f"u{user}"))
         assert version is not None
-        adapter, _ = vault.load(user_id, version.version, base_fingerprint=base.fingerprint)
+        adapter, _ = vault.load_version(version, base_fingerprint=base.fingerprint)
         return engine.fit(adapter)
 
     rows["cold"] = percentiles("added", [cold_s(engine, fetch, user) for user in users.pop("cold")])

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from oppu_ray import archive, vault
-from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, load_adapter
+from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, encode_adapter, load_adapter
 from oppu_ray.config import BaseConfig, DataConfig, TaskConfig, load_config
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import Receipt, read_receipt
@@ -263,7 +263,7 @@ def items_door(folder: Path) -> Door:
 
 
 def adapter_door(folder: Path) -> Door:
-    files = vault.encode_adapter(make_adapter(1))
+    files = encode_adapter(make_adapter(1), "sample")
     config = json.loads(files[CONFIG_NAME])
 
     def door(draw: random.Random) -> object:

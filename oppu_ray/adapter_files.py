@@ -3,20 +3,21 @@
 In: the tensors and PEFT config that training hands out. Out: `adapter_config.json` and `adapter_model.safetensors`,
 which `PeftModel.from_pretrained` loads unchanged. A reader might question that we read the files ourselves: PEFT 0.21
 takes a partial state dict, wrong names and NaN without a word, and falls back to a pickle when the safetensors file is
-missing.
+missing. What is checked and parsed are bytes in memory: the vault hands over those whose checksum it has taken.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from oppu_ray.core import AdapterState
 from oppu_ray.files import new_folder
@@ -26,6 +27,10 @@ TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSOR_KEY = re.compile(r"base_model\.model\.(?P<module>.{1,256})\.(?P<part>lora_A\.weight|lora_B\.weight|ia3_l)")
 PROMPT_KEY = "prompt_embeddings"
+NUM_LAYOUTS = 64
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Names = str | Sequence[str]
 
 _COMMON_KEYS = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
 _KEYS_OF_KIND = {
@@ -34,21 +39,35 @@ _KEYS_OF_KIND = {
     "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads",
                       "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"},
 }  # fmt: skip
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16
 
 
 def save_adapter(folder: Path, adapter: AdapterState) -> None:
-    """Writes `adapter` as a new folder that PEFT loads; either the whole folder appears, on disk, or nothing does.
+    """Writes `encode_adapter`'s files as a new folder; either the whole folder appears, on disk, or nothing does.
 
     Args:
         folder: Must not exist yet, or be empty: an adapter is never overwritten.
-        adapter: float32 arrays under PEFT's on-disk names. `peft_config` needs `peft_type`, `base_model_name_or_path`
-            and what differs from PEFT's defaults; all other keys are filled in as PEFT writes them.
 
     Raises:
-        ValueError: for anything that `load_adapter` would refuse, or a folder that is already there.
+        ValueError: As `encode_adapter`, or a folder that is already there.
     """
-    where = str(folder)
+    files = encode_adapter(adapter, str(folder))
+    with new_folder(folder) as partial:
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+
+
+def encode_adapter(adapter: AdapterState, where: str) -> dict[str, bytes]:
+    """The adapter's files by name, as PEFT loads them.
+
+    Args:
+        adapter: float32 arrays under PEFT's on-disk names. `peft_config` needs `peft_type`, `base_model_name_or_path`
+            and what differs from PEFT's defaults; all other keys are filled in as PEFT writes them.
+        where: What an error calls it, e.g. the folder.
+
+    Raises:
+        ValueError: for anything that `decode_adapter` would refuse.
+    """
     kind = _check_kind(adapter.peft_config, where)
     if not adapter.peft_config.get("base_model_name_or_path"):
         raise ValueError(f"{where}: peft_config has no 'base_model_name_or_path'; expected the base's hub id or folder")
@@ -58,47 +77,83 @@ def save_adapter(folder: Path, adapter: AdapterState) -> None:
         raise ValueError(f"{where}: peft_config has a key that PEFT does not know: {error}") from error
     peft_config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     check_adapter(AdapterState(adapter.tensors, peft_config), where)
-    with new_folder(folder) as partial:
-        text = json.dumps(peft_config, indent=2, sort_keys=True)
-        (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
-        tensors = {key: np.ascontiguousarray(tensor) for key, tensor in adapter.tensors.items()}
-        save_file(tensors, partial / TENSORS_NAME, metadata={"format": "pt"})
+    tensors = {key: np.ascontiguousarray(tensor) for key, tensor in adapter.tensors.items()}
+    return {
+        CONFIG_NAME: json.dumps(peft_config, indent=2, sort_keys=True).encode(),
+        TENSORS_NAME: save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def load_adapter(folder: Path) -> AdapterState:
-    """Reads one adapter folder, made here or by PEFT, and verifies it as `check_adapter` says.
+    """Reads one adapter folder, made here or by PEFT; returns and raises as `decode_adapter`.
+
+    Pickle files are never opened.
+    """
+    files = {name: (folder / name).read_bytes() for name in (CONFIG_NAME, TENSORS_NAME) if (folder / name).is_file()}
+    if CONFIG_NAME in files and TENSORS_NAME not in files:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
+        raise ValueError(f"{folder}: {found}; expected {TENSORS_NAME}")
+    return decode_adapter(files, str(folder))
+
+
+def decode_adapter(files: Mapping[str, bytes], where: str) -> AdapterState:
+    """The adapter in a folder's files, by name, verified as `check_adapter` says.
 
     Returns:
         AdapterState: tensors in float32 (float16 and bfloat16 files are widened), `peft_config` as it stands on disk.
 
     Raises:
-        ValueError: naming the folder or file, the key, the value and what is expected. Pickle files are never opened.
+        ValueError: naming `where` and the file, the key, the value and what is expected.
     """
-    config_path, tensors_path = folder / CONFIG_NAME, folder / TENSORS_NAME
-    if not config_path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_NAME}; expected a folder with an adapter in PEFT format")
-    if not tensors_path.is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
-        raise ValueError(f"{folder}: {found}; expected {TENSORS_NAME}")
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        if name not in files:
+            raise ValueError(f"{where}: no {name}; expected a folder with an adapter in PEFT format")
     try:
-        peft_config = json.loads(config_path.read_text(encoding="utf-8"))
+        peft_config = json.loads(files[CONFIG_NAME].decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_path}: not JSON: {error}") from error
+        raise ValueError(f"{where}/{CONFIG_NAME}: not JSON: {error}") from error
     if not isinstance(peft_config, dict):
-        raise ValueError(f"{config_path}: holds a {type(peft_config).__name__}; expected an object with 'peft_type'")
+        held = type(peft_config).__name__
+        raise ValueError(f"{where}/{CONFIG_NAME}: holds a {held}; expected an object with 'peft_type'")
     try:
-        with safe_open(tensors_path, framework="pt") as file:
-            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-            for key, dtype in dtypes.items():
-                if dtype not in _FLOAT_DTYPES:
-                    raise ValueError(f"{tensors_path}: {key!r} is {dtype}; expected one of {', '.join(_FLOAT_DTYPES)}")
-            tensors = {key: file.get_tensor(key).float().numpy() for key in dtypes}
-    except SafetensorError as error:
-        raise ValueError(f"{tensors_path}: not a whole safetensors file: {error}") from error
+        tensors = _read_tensors(files[TENSORS_NAME])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}/{TENSORS_NAME}: not a whole safetensors file of floats: {error}") from error
     adapter = AdapterState(tensors, peft_config)
-    check_adapter(adapter, str(folder))
+    check_adapter(adapter, where)
     return adapter
+
+
+def _read_tensors(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as float32, without a copy where they are: the library copies each, for 0.7 ms.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError: It is none, or the tensors do
+            not lie end to end and fill it.
+    """
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    header.pop("__metadata__", None)
+    tensors, end = {}, begin
+    for key, part in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if part["dtype"] not in _FLOAT_DTYPES:
+            raise ValueError(f"{key!r} is {part['dtype']}; expected one of {', '.join(_FLOAT_DTYPES)}")
+        array = np.ndarray(part["shape"], _FLOAT_DTYPES[part["dtype"]], data, end)
+        if part["data_offsets"] != [end - begin, end - begin + array.nbytes]:
+            raise ValueError(
+                f"{key!r} lies at {part['data_offsets']}; expected {array.nbytes} bytes from {end - begin}"
+            )
+        tensors[key], end = _float32(array), end + array.nbytes
+    if end != len(data):
+        raise ValueError(f"it has {len(data)} bytes; expected {end}")
+    return tensors
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    if array.dtype == _FLOAT_DTYPES["BF16"]:  # float32 without its lower half
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
 def check_adapter(adapter: AdapterState, where: str) -> None:
@@ -126,10 +181,16 @@ def check_adapter(adapter: AdapterState, where: str) -> None:
     if kind == "PROMPT_TUNING":
         _check_prompt(tensors, config, where)
     else:
-        _check_modules(tensors, config, kind, where)
+        shapes = tuple((key, tensor.shape) for key, tensor in tensors.items())
+        names = (config["target_modules"], config.get("feedforward_modules") or ())
+        targets, feedforward = (name if isinstance(name, str) else tuple(name) for name in names)
+        try:
+            _check_modules(shapes, kind, config.get("r", 0), targets, feedforward)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
-def matches_target(module: str, target_modules: str | list[str]) -> bool:
+def matches_target(module: str, target_modules: Names) -> bool:
     """Whether PEFT would put an adapter on `module`: a string is a full-match regex, a list holds names or endings."""
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, module) is not None
@@ -143,6 +204,12 @@ def _peft_config_class(kind: str) -> Any:
     return {"LORA": LoraConfig, "IA3": IA3Config, "PROMPT_TUNING": PromptTuningConfig}[kind]
 
 
+@cache
+def _defaults(kind: str) -> dict[str, Any]:
+    defaults: dict[str, Any] = _peft_config_class(kind)().to_dict()
+    return defaults
+
+
 def _check_kind(config: Mapping[str, Any], where: str) -> str:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in _KEYS_OF_KIND:
@@ -152,7 +219,7 @@ def _check_kind(config: Mapping[str, Any], where: str) -> str:
 
 def _check_options(config: Mapping[str, Any], kind: str, where: str) -> None:
     """An option we do not know must stand at PEFT's default: any other value would change what the tensors mean."""
-    defaults = _peft_config_class(kind)().to_dict()
+    defaults = _defaults(kind)
     for key in config.keys() - _COMMON_KEYS - _KEYS_OF_KIND[kind]:
         if config[key] != defaults.get(key) and (config[key] or defaults.get(key)):
             raise ValueError(f"{where}: {key} is {config[key]!r}; expected PEFT's default {defaults.get(key)!r}")
@@ -208,33 +275,33 @@ def _check_prompt(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], 
         raise ValueError(f"{where}: {PROMPT_KEY!r} has shape {shape}; expected {wanted} (tokens x token_dim)")
 
 
-def _check_modules(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], kind: str, where: str) -> None:
+@lru_cache(NUM_LAYOUTS)  # 120 names each time a user comes; those of a run's adapters are all the same
+def _check_modules(shapes: Shapes, kind: str, rank: int, targets: Names, feedforward: Names) -> None:
     parts_of_kind = {"lora_A.weight", "lora_B.weight"} if kind == "LORA" else {"ia3_l"}
     parts_of_module: dict[str, set[str]] = {}
-    targets = config["target_modules"]
-    for key, tensor in tensors.items():
+    for key, shape in shapes:
         match = TENSOR_KEY.fullmatch(key)
         if match is None or match["part"] not in parts_of_kind or not matches_target(match["module"], targets):
-            raise ValueError(f"{where}: {key!r} is not a key of a {kind} adapter with target_modules {targets!r}")
-        wanted = _expected_shape(match["module"], match["part"], tensor, config)
-        if tensor.shape != wanted or 0 in tensor.shape:
-            raise ValueError(f"{where}: {key!r} has shape {tensor.shape}; expected {wanted}")
+            raise ValueError(f"{key!r} is not a key of a {kind} adapter with target_modules {targets!r}")
+        wanted = _expected_shape(match["module"], match["part"], shape, rank, feedforward)
+        if shape != wanted or 0 in shape:
+            raise ValueError(f"{key!r} has shape {shape}; expected {wanted}")
         parts_of_module.setdefault(match["module"], set()).add(match["part"])
     for module, parts in parts_of_module.items():
         if missing := parts_of_kind - parts:
-            raise ValueError(f"{where}: {module!r} has no {missing.pop()}; expected {sorted(parts_of_kind)}")
+            raise ValueError(f"{module!r} has no {missing.pop()}; expected {sorted(parts_of_kind)}")
     if not isinstance(targets, str):
         for target in targets:
-            if not any(matches_target(module, [target]) for module in parts_of_module):
-                raise ValueError(f"{where}: no tensors for target module {target!r}; expected at least one layer's")
+            if not any(matches_target(module, (target,)) for module in parts_of_module):
+                raise ValueError(f"no tensors for target module {target!r}; expected at least one layer's")
 
 
-def _expected_shape(module: str, part: str, tensor: np.ndarray, config: Mapping[str, Any]) -> tuple[int, ...]:
+def _expected_shape(module: str, part: str, shape: tuple[int, ...], rank: int, feedforward: Names) -> tuple[int, ...]:
     """A [r, in], B [out, r]; IA3 scales an attention linear's output, [out, 1], or a feed-forward's input, [1, in]."""
     if part == "lora_A.weight":
-        return (config["r"], tensor.shape[-1] if tensor.ndim else 0)
+        return (rank, shape[-1] if shape else 0)
     if part == "lora_B.weight":
-        return (tensor.shape[0] if tensor.ndim else 0, config["r"])
-    if matches_target(module, config.get("feedforward_modules") or []):
-        return (1, tensor.size)
-    return (tensor.size, 1)
+        return (shape[0] if shape else 0, rank)
+    if matches_target(module, feedforward):
+        return (1, math.prod(shape))
+    return (math.prod(shape), 1)

@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from oppu_ray.kv_cache import DecodePlan
 DEFAULT_TARGETS = {"lora": ("q_proj", "v_proj"), "ia3": ("k_proj", "v_proj", "down_proj"), "prompt": ()}
 IA3_INPUT_TARGETS = ("down_proj",)
 PREFIX = "base_model.model."
+NUM_LAYOUTS = 64  # shapes of adapters whose places are kept: a bank sees few
 
 Ranges = Sequence[tuple[int, int, int]]
 Masks = Sequence[Tensor] | None
@@ -281,6 +283,22 @@ class FittedAdapter:
     memory_N: Tensor
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a bank has one tensor of an adapter.
+
+    Args:
+        shape: On disk.
+        start, room: Its part of a slot's memory; B lies there as [R, O]. A lower rank leaves zeros behind it.
+    """
+
+    stack: Stack
+    shape: tuple[int, ...]
+    start: int
+    room: int
+    is_b: bool
+
+
 class AdapterBank:
     """S slots of adapters over `model`, whose target linears are wrapped in place.
 
@@ -321,6 +339,7 @@ class AdapterBank:
         if num_virtual:
             self.prompts = self._stack(num_virtual, self.hidden)
         self._slot_size = sum(stack.value[0].numel() for stack in self.stacks().values())
+        self._places = lru_cache(NUM_LAYOUTS)(self._find_places)
         self._memory_SN: Tensor | None = None
         if not trainable:  # each slot in one piece of the compute type: an adapter is placed with one copy
             self._memory_SN = torch.zeros(num_slots, self._slot_size, dtype=self.dtype, device=self.device)
@@ -465,8 +484,11 @@ class AdapterBank:
             with torch.no_grad():
                 self.prompts.write(slot, embedding(ids.to(self.device)).float())  # type: ignore[union-attr]
 
-    def _occupy(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
+    def _name(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
         self.peft[slot], self.seeds[slot], self.scaling_S[slot] = peft, seed, scaling(peft)
+
+    def _occupy(self, slot: int, peft: PeftConfig, seed: int = 0) -> None:
+        self._name(slot, peft, seed)
         self._clear(slot)
 
     def _clear(self, slot: int) -> None:
@@ -486,11 +508,11 @@ class AdapterBank:
         if peft is None:
             raise ValueError(f"slot {slot} is empty")
         tensors = {}
-        for key, (stack, shape) in self._places(peft).items():
-            value = stack.value[slot]
+        for key, place in self._places(peft).items():
+            value = place.stack.value[slot]
             if peft.kind != "ia3":
-                value = value[tuple(slice(n) for n in shape)]
-            tensors[key] = value.reshape(shape).float().cpu().numpy().copy()
+                value = value[tuple(slice(n) for n in place.shape)]
+            tensors[key] = value.reshape(place.shape).float().cpu().numpy().copy()
         return AdapterState(tensors, peft_dict(peft))
 
     def load(self, slot: int, adapter: AdapterState) -> None:
@@ -509,29 +531,29 @@ class AdapterBank:
         """
         peft = peft_from_dict(adapter.peft_config)
         places = self._places(peft)
-        if set(places) != set(adapter.tensors):
-            odd = sorted(set(places) ^ set(adapter.tensors))[:3]
+        if places.keys() != adapter.tensors.keys():
+            odd = sorted(places.keys() ^ adapter.tensors.keys())[:3]
             raise ValueError(f"the adapter's tensors do not match this bank's target modules: {odd}")
-        memory_1N = torch.zeros(1, self._slot_size, dtype=torch.float32 if self.trainable else self.dtype)
-        views = {id(stack): view[0] for stack, view in self._views(memory_1N)}
-        for key, (stack, shape) in places.items():
+        memory_N = np.zeros(self._slot_size, np.float32)
+        for key, place in places.items():
             value = adapter.tensors[key]
-            if value.shape != shape or math.prod(shape) > stack.value[0].numel():
-                raise ValueError(
-                    f"the adapter's {key} has shape {value.shape}, expected {shape} within the bank's rank"
-                )
-            if not np.isfinite(value).all():
-                raise ValueError(f"the adapter's {key} has a value that is not finite")
-            tensor = torch.from_numpy(value.reshape(-1) if key.endswith("ia3_l") else value)
-            views[id(stack)][tuple(slice(n) for n in tensor.shape)] = tensor  # a lower rank leaves zeros around it
-        return FittedAdapter(peft, memory_1N[0])
+            if value.shape != place.shape or value.size > place.room:
+                shapes = f"{value.shape}, expected {place.shape}"
+                raise ValueError(f"the adapter's {key} has shape {shapes} within the bank's rank")
+            value = value.T if place.is_b else value
+            memory_N[place.start : place.start + value.size].reshape(value.shape)[...] = value
+        if not np.isfinite(memory_N).all():
+            key = next(key for key, value in adapter.tensors.items() if not np.isfinite(value).all())
+            raise ValueError(f"the adapter's {key} has a value that is not finite")
+        return FittedAdapter(peft, torch.from_numpy(memory_N).to(torch.float32 if self.trainable else self.dtype))
 
     def place(self, slot: int, fitted: FittedAdapter) -> None:
         """Copy a fitted adapter into a slot."""
-        self._occupy(slot, fitted.peft)
         if self._memory_SN is not None:
+            self._name(slot, fitted.peft)
             self._memory_SN[slot] = fitted.memory_N
             return
+        self._occupy(slot, fitted.peft)
         for stack, value in self._views(fitted.memory_N[None]):
             stack.write(slot, value[0])
 
@@ -540,22 +562,29 @@ class AdapterBank:
         self.peft[slot], self.scaling_S[slot] = None, 0.0
         self._clear(slot)
 
-    def _places(self, peft: PeftConfig) -> dict[str, tuple[Stack, tuple[int, ...]]]:
-        """PEFT's on-disk name -> the stack that holds it and its shape on disk."""
-        places: dict[str, tuple[Stack | None, tuple[int, ...]]] = {}
+    def _find_places(self, peft: PeftConfig) -> dict[str, Place]:
+        """PEFT's on-disk name -> where the bank has it."""
+        found: list[tuple[str, Stack | None, tuple[int, ...]]] = []
         for linear in self._targeted(peft):
             key = PREFIX + linear.name
             if peft.kind == "lora":
-                places[f"{key}.lora_A.weight"] = linear.a, (peft.rank, linear.in_features)
-                places[f"{key}.lora_B.weight"] = linear.b, (linear.out_features, peft.rank)
+                found.append((f"{key}.lora_A.weight", linear.a, (peft.rank, linear.in_features)))
+                found.append((f"{key}.lora_B.weight", linear.b, (linear.out_features, peft.rank)))
             else:
                 shape = (1, linear.in_features) if linear.scales_input else (linear.out_features, 1)
-                places[f"{key}.ia3_l"] = linear.scale, shape
+                found.append((f"{key}.ia3_l", linear.scale, shape))
         if peft.kind == "prompt":
-            places["prompt_embeddings"] = self.prompts, (peft.num_virtual_tokens, self.hidden)
-        if not places or any(stack is None for stack, _ in places.values()):
+            found.append(("prompt_embeddings", self.prompts, (peft.num_virtual_tokens, self.hidden)))
+        if not found or any(stack is None for _, stack, _ in found):
             raise ValueError(f"this bank was not made for {peft}")
-        return places  # type: ignore[return-value]
+        starts, start = dict[int, int](), 0
+        for stack in self.stacks().values():
+            starts[id(stack)] = start
+            start += stack.value[0].numel()
+        return {
+            key: Place(stack, shape, starts[id(stack)], stack.value[0].numel(), key.endswith("lora_B.weight"))  # type: ignore[union-attr, arg-type]
+            for key, stack, shape in found
+        }
 
     def zero_grad(self) -> None:
         for stack in self.stacks().values():

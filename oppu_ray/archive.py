@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME
+from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, encode_adapter
 from oppu_ray.vault import (
     BLOB_NAME,
     COMMIT_TTL_S,
@@ -27,7 +27,6 @@ from oppu_ray.vault import (
     decode_items,
     decode_manifest,
     disk_errors,
-    encode_adapter,
     encode_items,
     encode_manifest,
     remove,
@@ -57,7 +56,7 @@ def export_user(vault: Vault, user: str, path: Path) -> None:
         entries[BLOBS + name] = vault.read_framed(user_hash, f"blobs/{name}")
     if vault.registry.current(user_hash) is not None:
         adapter, manifest = vault.load(user_hash, base_fingerprint=None)
-        files = encode_adapter(adapter)
+        files = encode_adapter(adapter, f"user {user_hash[:12]}")
         manifest = replace(manifest, checksums={name: sha256(data) for name, data in files.items()})
         entries[MANIFEST_NAME] = encode_manifest(manifest)
         entries |= {ADAPTER + name: data for name, data in files.items()}

@@ -217,7 +217,7 @@ def merge_adapter(
                 raise ValueError(f"{base.path}: the adapter wants {name!r}, the base has {found}; expected a Linear")
             if sum(parameter is linear.weight for parameter in parameters) > 1:
                 raise ValueError(f"{base.path}: the adapter wants {name!r}, a tied weight; expected an untied one")
-            a_RI, b_OR = torch.from_numpy(a), torch.from_numpy(adapter.tensors[key.replace(".lora_A.", ".lora_B.")])
+            a_RI, b_OR = torch.tensor(a), torch.tensor(adapter.tensors[key.replace(".lora_A.", ".lora_B.")])
             if (b_OR.shape[0], a_RI.shape[1]) != linear.weight.shape:
                 raise ValueError(
                     f"{base.path}: the adapter's {name!r} is {b_OR.shape[0]} x {a_RI.shape[1]}; "

@@ -71,8 +71,9 @@ class Engine:
         num_slots: How many adapters can be loaded at once.
         peft_configs: Shapes of the adapters to come.
         max_rows: Most rows decoded together.
-        max_tokens_per_pass: Most tokens of one prefill or scoring pass: rows being decoded wait for it. A longer prompt
-            is read in pieces.
+        max_tokens_per_pass: Most tokens of one prefill or scoring pass. A longer prompt is read in pieces.
+        max_tokens_while_decoding: The same for a prefill pass that rows being decoded wait for; None for no difference.
+            A pass of 2,048 tokens takes 0.6 of the time of four of 512.
         max_length: Most tokens of a prompt and its answer together; None for the model's context. The KV cache grows
             with need, to at most `max_rows * max_length` positions.
         prefix_bytes: Most bytes of finished answers' keys and values to keep for their users' next prompts.
@@ -89,10 +90,12 @@ class Engine:
         max_length: int | None = None,
         prefix_bytes: int = 0,
         tokenizer: object | None = None,
+        max_tokens_while_decoding: int | None = None,
     ):
         self._pefts = list(peft_configs)
-        if max_tokens_per_pass <= (num_virtual := max(map(virtual_tokens, self._pefts), default=0)):
-            raise ValueError(f"max_tokens_per_pass is {max_tokens_per_pass}, expected more than {num_virtual}")
+        self.max_tokens_while_decoding = min(max_tokens_while_decoding or max_tokens_per_pass, max_tokens_per_pass)
+        if self.max_tokens_while_decoding <= (num_virtual := max(map(virtual_tokens, self._pefts), default=0)):
+            raise ValueError(f"a pass has {self.max_tokens_while_decoding} tokens, expected more than {num_virtual}")
         self.bank = AdapterBank(model, num_slots, self._pefts, trainable=False)
         self.model, self.max_rows, self.max_tokens_per_pass = model, max_rows, max_tokens_per_pass
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -224,7 +227,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Decode one token for every row, retire, admit what fits, prefill at most `max_tokens_per_pass` tokens.
+        """Decode one token for every row, retire, admit what fits, prefill one pass.
 
         Returns:
             At most one event per request that got a token or ended.
@@ -270,7 +273,8 @@ class Engine:
     def _prefill(self) -> None:
         """Read prompts: the rest of a long one first, then waiting requests', as many as rows and pass allow."""
         parts: list[tuple[_Answering, int]] = []
-        room = self.max_tokens_per_pass
+        is_decoding = any(not one.num_unread for one in self._rows)
+        room = self.max_tokens_while_decoding if is_decoding else self.max_tokens_per_pass
         if self._rows and (rest := self._rows[-1].num_unread):
             parts.append((self._rows[-1], min(rest, room)))
             room -= rest

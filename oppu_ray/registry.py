@@ -245,6 +245,12 @@ class Registry:
             row = connection.execute(_CURRENT, {"wanted": user_hash}).first()
         return None if row is None else Version(**row._mapping)
 
+    def version(self, user_hash: str, version: str) -> Version | None:
+        """One version, quarantined or not, or None."""
+        with self._read() as connection:
+            row = connection.execute(_VERSION, {"wanted": user_hash, "version": version}).first()
+        return None if row is None else Version(**row._mapping)
+
     def versions(self, user_hash: str | None = None) -> list[Version]:
         """All versions of a user (or of everyone), quarantined ones too, oldest first."""
         chosen = sa.select(_VERSIONS).order_by(_VERSIONS.c.number, _VERSIONS.c.created_at)
@@ -543,6 +549,9 @@ _CURRENT = (
     sa.select(_VERSIONS)
     .join(_USERS, sa.and_(_USERS.c.user_hash == _VERSIONS.c.user_hash, _USERS.c.current == _VERSIONS.c.version))
     .where(_USERS.c.user_hash == sa.bindparam("wanted"))
+)
+_VERSION = sa.select(_VERSIONS).where(
+    _VERSIONS.c.user_hash == sa.bindparam("wanted"), _VERSIONS.c.version == sa.bindparam("version")
 )
 
 

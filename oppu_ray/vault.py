@@ -5,8 +5,8 @@ to export it is to pack it (`archive.py`), to forget it is to remove it (`forget
 folder, syncs it, reads it back, renames it, and then one registry transaction moves the user's `current`. A crash at
 any point leaves the old version or the new one, and leftovers that no reader sees until `gc` sweeps them.
 
-A reader might question that PEFT files pass through a memory-backed scratch folder: so the bytes that were checked are
-the bytes that are parsed, and an encrypted vault never puts plain text on the disk.
+A reader might question that PEFT files are made and parsed in memory: so the bytes that were checked are the bytes that
+are parsed, and an encrypted vault never puts plain text on the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from oppu_ray.adapter_files import load_adapter, save_adapter
+from oppu_ray import adapter_files
 from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, Item
 from oppu_ray.registry import Lease, Refused, Registry, UserHash, Version
@@ -45,7 +44,6 @@ MANIFEST_NAME = "manifest.json"
 BLOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(\.[a-z0-9]{1,12})?")
 _BAD_CATEGORIES = {"Cc": "control", "Cf": "invisible format", "Cs": "surrogate", "Zl": "line", "Zp": "paragraph"}
 _HASH = re.compile(r"[0-9a-f]{64}")
-_SHM = Path("/dev/shm")
 _SEAL = b"OPPUSEAL1"
 
 logger = logging.getLogger(__name__)
@@ -227,16 +225,29 @@ class Vault:
         user_hash = self.user_hash(user)
         while True:
             row = self._find(user_hash, version)
-            if base_fingerprint is not None and row.base_fingerprint != base_fingerprint:
-                trained, here = row.base_fingerprint[:16], base_fingerprint[:16]
-                raise ValueError(f"user {user_hash[:12]}: {row.version} was trained on base {trained}, not on {here}")
             try:
-                with disk_errors(user_hash, "load"):
-                    return self.read_version(self.user_folder(user_hash) / "adapters" / row.version, row)
-            except CorruptError as error:
-                self._quarantine(row, str(error))
+                return self.load_version(row, base_fingerprint=base_fingerprint)
+            except CorruptError:
                 if version is not None:
                     raise
+
+    def load_version(self, row: Version, *, base_fingerprint: str | None) -> tuple[AdapterState, Manifest]:
+        """As `load`, for a version just looked up in the registry.
+
+        Raises:
+            CorruptError: It is quarantined now.
+            ValueError: It cannot be read, or was trained on another base.
+        """
+        user_hash = row.user_hash
+        if base_fingerprint is not None and row.base_fingerprint != base_fingerprint:
+            trained, here = row.base_fingerprint[:16], base_fingerprint[:16]
+            raise ValueError(f"user {user_hash[:12]}: {row.version} was trained on base {trained}, not on {here}")
+        try:
+            with disk_errors(user_hash, "load"):
+                return self.read_version(self.user_folder(user_hash) / "adapters" / row.version, row)
+        except CorruptError as error:
+            self._quarantine(row, str(error))
+            raise
 
     def use(self, user: str, version: str) -> None:
         """Make an older or newer version current, after verifying it."""
@@ -357,9 +368,6 @@ class Vault:
                 removed.append(str(path.relative_to(self.root)))
         for lease in leases.values():
             self.registry.release_lease(lease)
-        for scratch in _SHM.glob("oppu-vault-*"):  # of processes of this machine that were killed
-            if not Path("/proc", scratch.name.split("-")[2]).exists():
-                shutil.rmtree(scratch, ignore_errors=True)
         return removed
 
     # ---- the folder, for archive.py and forget.py
@@ -375,7 +383,7 @@ class Vault:
     ) -> Version:
         """Write version `number` into the new folder `stage`, synced and read back; the row to publish."""
         user_hash, version = lease.user_hash, f"{number:06d}-{lease.fence}"
-        files = encode_adapter(adapter)
+        files = adapter_files.encode_adapter(adapter, f"user {user_hash[:12]}")
         manifest = replace(
             manifest,
             user_hash=user_hash,
@@ -504,12 +512,9 @@ class Vault:
         return self.unseal(row.user_hash, f"adapters/{row.version}/{name}", data)
 
     def _find(self, user_hash: str, version: str | None) -> Version:
-        if version is None:
-            row = self.registry.current(user_hash)
-        else:
-            good = [row for row in self.registry.versions(user_hash) if row.is_good and row.version == version]
-            row = good[0] if good else None
-        if row is not None:
+        registry = self.registry
+        row = registry.current(user_hash) if version is None else registry.version(user_hash, version)
+        if row is not None and row.is_good:
             return row
         if not self.registry.has_user(user_hash):
             raise ValueError(f"user {user_hash[:12]}: no such user")
@@ -623,26 +628,15 @@ def remove(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def encode_adapter(adapter: AdapterState) -> dict[str, bytes]:
-    """The adapter's PEFT files, by name. ValueError if it is no whole adapter of finite float32 values."""
-    with _scratch() as folder:
-        save_adapter(folder, adapter)
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def decode_adapter(files: dict[str, bytes], manifest: Manifest) -> AdapterState:
     """The adapter in PEFT files, `CorruptError` if they are not exactly those of the manifest, whole and finite."""
     for name, data in files.items():
         if sha256(data) != manifest.checksums.get(name):
             raise CorruptError(f"{name}: SHA-256 is not the manifest's")
-    with _scratch() as folder:
-        folder.mkdir()
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-        try:
-            adapter = load_adapter(folder)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptError(str(error)) from error
+    try:
+        adapter = adapter_files.decode_adapter(files, f"version {manifest.version}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptError(str(error)) from error
     if {name: tensor.shape for name, tensor in adapter.tensors.items()} != manifest.shapes:
         raise CorruptError("tensor names or shapes are not the manifest's")
     return adapter
@@ -722,13 +716,6 @@ def sha256(data: bytes) -> str:
 
 def _reason(error: OSError) -> str:
     return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    where = _SHM if os.access(_SHM, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=f"oppu-vault-{os.getpid()}-", dir=where) as folder:
-        yield Path(folder) / "adapter"
 
 
 @contextmanager

@@ -42,6 +42,9 @@ NUM_LOADERS = 4
 PASS_TOKENS = 512
 """Prompts are read in pieces of so many: every answer under way waits for a piece, half a second of one core."""
 
+IDLE_PASS_TOKENS = 2048
+"""The same while no answer is under way."""
+
 T = TypeVar("T")
 Sink = Callable[[TokenEvent], None]
 Measure = Callable[[str, float, Mapping[str, str]], None]
@@ -347,9 +350,9 @@ class Replica:
         fallback = ""
         while (chosen := self._choose(user_hash)).version is not None:
             fallback = fallback or chosen.fallback
-            user, version = UserHash(user_hash), chosen.version.version
+            version = chosen.version.version
             try:
-                adapter, _ = self.vault.load(user, version, base_fingerprint=self.base.fingerprint)
+                adapter, _ = self.vault.load_version(chosen.version, base_fingerprint=self.base.fingerprint)
             except CorruptError:
                 fallback = "corrupt_version"
                 continue
@@ -391,7 +394,8 @@ def make_engine(config: Config, base: Base) -> Engine:
         config.serve.num_slots,
         [config.personal.peft],
         max_rows=config.serve.max_rows,
-        max_tokens_per_pass=PASS_TOKENS,
+        max_tokens_per_pass=IDLE_PASS_TOKENS,
+        max_tokens_while_decoding=PASS_TOKENS,
         max_length=config.serve.max_length,
         prefix_bytes=config.serve.prefix_bytes,
         tokenizer=base.tokenizer,

@@ -209,6 +209,35 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             load_adapter(tmp_path / "a")
 
 
+def test_tensors_that_overlap_leave_gaps_or_lie_about_their_size_are_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", small_lora())
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header, body = json.loads(whole[8:begin]), whole[begin:]
+    key = f"{PREFIX}.lora_B.weight"
+    assert header[key]["data_offsets"] == [48, 80]
+    changes: list[dict[str, Any]] = [
+        {"data_offsets": [44, 76]},
+        {"data_offsets": [48, 84]},
+        {"data_offsets": [0, 32]},
+        {"shape": [4, 3]},
+        {"shape": [-4, -2]},
+        {"shape": [2**70, 2]},
+        {"shape": None},
+        {"dtype": ["F32"]},
+        {"dtype": "F16"},
+    ]
+    for change in changes:
+        text = json.dumps({**header, key: {**header[key], **change}}).encode()
+        weights.write_bytes(len(text).to_bytes(8, "little") + text + body)
+        with pytest.raises(ValueError, match="adapter_model.safetensors: not a whole safetensors file"):
+            load_adapter(tmp_path / "a")
+    text = json.dumps(header).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    assert np.array_equal(load_adapter(tmp_path / "a").tensors[key], small_lora().tensors[key])
+
+
 def test_an_adapter_is_never_overwritten(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", small_lora())
     before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()

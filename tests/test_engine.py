@@ -123,6 +123,17 @@ def test_a_step_reads_no_more_prompt_tokens_than_a_pass_has(monkeypatch: pytest.
     assert max(read) == 10 and sum(read) == sum(1 + 5 * i for i in range(7)) + 7 * 3  # three virtual tokens each
 
 
+def test_a_pass_is_shorter_while_somebody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, read = make_engine(max_tokens_per_pass=40, max_tokens_while_decoding=10), []
+    original = engine._read
+    monkeypatch.setattr(engine, "_read", lambda parts: (read.append(sum(num for _, num in parts)), original(parts)))
+    engine.submit(Request("first", tuple(range(100)), "lora", 30))
+    while engine.num_waiting or len(read) < 3:
+        engine.step()
+    answer(engine, Request("second", tuple(range(25)), "ia3", 2))
+    assert read == [40, 40, 20, 10, 10, 5]
+
+
 @pytest.mark.parametrize("name", list(PEFTS))
 def test_a_kept_prompt_is_not_read_again_and_changes_no_answer(name: str) -> None:
     engine, adapter = make_engine(num_slots=5, prefix_bytes=2**20), random_adapter(PEFTS[name], 9)

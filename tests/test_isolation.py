@@ -53,7 +53,8 @@ class World:
 
     def __init__(self, world: int, num_slots: int):
         pefts: list[PeftConfig] = list(PEFTS.values())
-        self.engine = Engine(model(), num_slots, pefts, max_rows=2, max_tokens_per_pass=16, prefix_bytes=2**18)
+        sizes = {"max_rows": 2, "max_tokens_per_pass": 16, "max_tokens_while_decoding": 9}
+        self.engine = Engine(model(), num_slots, pefts, prefix_bytes=2**18, **sizes)
         self.world, self.num_asked = world, 0
         self.version = dict.fromkeys(PEFTS, 0)
         self.logits: list[torch.Tensor] = []

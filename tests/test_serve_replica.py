@@ -96,7 +96,7 @@ def test_the_current_version_answers_from_the_next_request_on(replica: Replica) 
 def test_a_resident_adapter_is_not_read_again(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(replica, "ann")
     answer(replica)
-    monkeypatch.setattr(replica.vault, "load", None)
+    monkeypatch.setattr(replica.vault, "load_version", None)
     assert answer(replica)[0].version
 
 
@@ -140,7 +140,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_owner_alone(
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("could not load user: Input/output error")
 
-    monkeypatch.setattr(replica.vault, "load", broken)
+    monkeypatch.setattr(replica.vault, "load_version", broken)
     assert failure(replica).status == 503
     assert answer(replica, "bob")[0].version
 
@@ -276,7 +276,7 @@ def test_an_adapter_that_was_being_loaded_when_its_user_was_forgotten_never_gets
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit(replica, "ann")
-    ann, load = str(replica.vault.user_hash("ann")), replica.vault.load
+    ann, load = str(replica.vault.user_hash("ann")), replica.vault.load_version
     loading, go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any, **more: Any) -> Any:
@@ -285,7 +285,7 @@ def test_an_adapter_that_was_being_loaded_when_its_user_was_forgotten_never_gets
         assert go_on.wait(10)
         return loaded
 
-    monkeypatch.setattr(replica.vault, "load", slow)
+    monkeypatch.setattr(replica.vault, "load_version", slow)
 
     async def run() -> list[Event]:
         asking = asyncio.create_task(events_of(replica, question(replica)))

@@ -850,14 +850,3 @@ def test_gc_never_takes_a_user_who_comes_at_the_same_moment(plain: Vault, monkey
     monkeypatch.setattr(plain.registry, "acquire_lease", acquire_after_alice_came)
     assert plain.gc(min_age_s=-1) == []
     assert [item.item_id for item in plain.read_history("alice")] == ["1"]
-
-
-def test_scratch_of_dead_processes_is_swept(plain: Vault) -> None:
-    dead = in_child(lambda: None)
-    os.waitpid(dead, 0)
-    scratch, mine = (Path(f"/dev/shm/oppu-vault-{pid}-test") for pid in (dead, os.getpid()))
-    for path in (scratch, mine):
-        path.mkdir()
-    plain.gc()
-    assert not scratch.exists() and mine.exists()
-    mine.rmdir()
