@@ -213,7 +213,9 @@ def backward_step(
     ]
     losses = torch.zeros(bank.num_slots, device=bank.device)
     tokens = dict.fromkeys(examples, 0)
-    for number, part in enumerate(plan_passes(rows, config.max_tokens_per_pass)):
+    passes = plan_passes(rows, config.max_tokens_per_pass)
+    passes.sort(key=lambda part: -sum(row.num_tokens for row in part))  # what one frees has room for all that follow
+    for number, part in enumerate(passes):
         if ranks.mine(number):
             stream = build_stream(part, bank.anchor.to(bank.dtype))
             bank.use(stream.ranges, step, dict(tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -12,7 +13,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from oppu_ray.kernels import RowLora, adapt_and_rotate, fuse, pack_linears, token_loss_gradient, token_losses
+from oppu_ray.kernels import (
+    KEPT_PRODUCTS,
+    RowLora,
+    adapt_and_rotate,
+    fuse,
+    keep_freed_memory,
+    pack_linears,
+    token_loss_gradient,
+    token_losses,
+)
 
 IDS = torch.tensor([[7, 90, 15, 231, 4, 4, 68, 120, 33, 5, 19]])
 
@@ -159,3 +169,13 @@ def test_packed_linears_compute_the_same_and_are_taken_out_again() -> None:
     unpack()
     torch.testing.assert_close(packed, before, rtol=0.02, atol=0.02)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_kept_products_are_limited_unless_the_operator_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "7")
+    keep_freed_memory()
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    keep_freed_memory()
+    assert os.environ[name] == str(KEPT_PRODUCTS)
