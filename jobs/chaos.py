@@ -2,7 +2,8 @@
 
 In: the tests that `ROWS` names; with Ray, as root for the rows that need a network or a disk of their own. Out: a table
 on the terminal and `runs/chaos/result.json`: per row fault, injection, invariants checked, result, recovery time. Ends
-with 1 if a row failed. The seed draws the storms and the model's interleavings; the same seed gives the same again.
+with 1 if a row failed or was not run: an interrupt ends the job with the table as far as it is. The seed draws the
+storms and the model's interleavings; the same seed gives the same again.
 
 A reader might question that the rows are pytest tests: a fault test that only runs here would rot, and as it is the
 short ones are part of `make test`.
@@ -145,32 +146,42 @@ ROWS = (
 
 @dataclass
 class Recorder:
-    """A pytest plugin: how each test ended, how long it took, and what it recorded of itself."""
+    """A pytest plugin: how each test ended, how long it took, what it recorded of itself, and which are left to run."""
 
     outcomes: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     recorded: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.left = {item.nodeid.rpartition("/")[2] for item in session.items}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         name = report.nodeid.rpartition("/")[2]
         self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
+        if report.when != "call" and report.outcome == "passed":
+            return  # set up, and then perhaps interrupted
+        self.left.discard(name)
         self.recorded.setdefault(name, {}).update(report.user_properties)
         worse = ("passed", "skipped", "failed")
         self.outcomes[name] = max(self.outcomes.get(name, "passed"), report.outcome, key=worse.index)
 
 
 def settle(row: Row, recorder: Recorder) -> dict[str, Any]:
-    """One line of the result: a row has passed if all of its tests ran and passed."""
+    """One line of the result: a row held if all of its tests ran and passed."""
     ran = {name: end for name, end in recorder.outcomes.items() if any(belongs(name, test) for test in row.tests)}
     missing = [test for test in row.tests if not any(belongs(name, test) for name in ran)]
-    ends = set(ran.values()) | ({"failed"} if missing else set())
+    missing += [name for name in recorder.left if any(belongs(name, test) for test in row.tests)]
+    ends = {*ran.values(), *("missing" for _ in missing)}
+    worst = next((end for end in ("failed", "missing", "skipped") if end in ends), "passed")
+    names = {"failed": "failed", "missing": "not run", "skipped": "not possible here", "passed": "held"}
     recovery = [recorder.recorded[name]["recovery_s"] for name in ran if "recovery_s" in recorder.recorded[name]]
     return {
         "row": row.number,
         "fault": row.fault,
         "injection": row.injection,
         "invariants": row.invariants.split(),
-        "result": "failed" if "failed" in ends else "not possible here" if "skipped" in ends else "held",
+        "result": names[worst],
         "recovery_s": max(recovery) if recovery else None,
         "elapsed_s": sum(recorder.seconds[name] for name in ran),
         "tests": ran | dict.fromkeys(missing, "missing"),
@@ -227,7 +238,7 @@ def main(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "result.json", json.dumps(result, indent=1, default=str).encode())
     print(f"\n{table(lines)}\n{result['num_held']} of {len(lines)} held, {result['elapsed_s'] / 60:.0f} min")
-    return 1 if any(line["result"] == "failed" for line in lines) else 0
+    return 1 if any(line["result"] in ("failed", "not run") for line in lines) else 0
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def test_a_files_tests_run_together_and_in_its_order() -> None:
     assert sorted([last, *names], key=place) == ["test_attacks.py", names[0], names[2], last]
 
 
-def report(name: str, outcome: str, **properties: Any) -> Any:
+def report(name: str, outcome: str, when: str = "call", **properties: Any) -> Any:
     return SimpleNamespace(
-        nodeid=f"tests/{name}", outcome=outcome, duration=1.0, user_properties=list(properties.items())
+        nodeid=f"tests/{name}", when=when, outcome=outcome, duration=1.0, user_properties=list(properties.items())
     )
 
 
@@ -55,13 +55,23 @@ def report(name: str, outcome: str, **properties: Any) -> Any:
         ([report("a.py::one", "passed"), report("b.py::two[x]", "passed", recovery_s=3.2)], "held"),
         ([report("a.py::one", "passed"), report("b.py::two[x]", "skipped")], "not possible here"),
         ([report("a.py::one", "failed"), report("b.py::two[x]", "passed")], "failed"),
-        ([report("a.py::one", "passed")], "failed"),
+        ([report("a.py::one", "failed", "setup"), report("b.py::two[x]", "passed")], "failed"),
+        ([report("a.py::one", "passed")], "not run"),
+        ([report("a.py::one", "passed"), report("b.py::two", "passed", "setup")], "not run"),
+        (
+            [
+                report("a.py::one", "passed"),
+                report("b.py::two[x]", "passed"),
+                report("b.py::two[y]", "passed", "setup"),
+            ],
+            "not run",
+        ),
         ([report("a.py::one", "passed"), report("a.py::one", "failed"), report("b.py::two", "passed")], "failed"),
-        ([report("a.py::one", "passed"), report("b.py::two_more", "passed")], "failed"),
+        ([report("a.py::one", "passed"), report("b.py::two_more", "passed")], "not run"),
     ],
 )
 def test_a_row_holds_if_all_of_its_tests_ran_and_passed(reports: list[Any], ends: str) -> None:
-    recorder = Recorder()
+    recorder = Recorder(left={one.nodeid.rpartition("/")[2] for one in reports})
     for one in reports:
         recorder.pytest_runtest_logreport(one)
     line = settle(Row(1, "fire", "a match", "I1 I2", ("a.py::one", "b.py::two")), recorder)
