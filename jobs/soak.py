@@ -42,9 +42,10 @@ from oppu_ray.vault import Vault
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # whose tiny run and service this is
 
+from faults import until  # noqa: E402
 from line_tools import TAGS  # noqa: E402
 from serve_tools import token_of  # noqa: E402
-from service import GUESTS, USERS, Service, running, until  # noqa: E402
+from service import GUESTS, USERS, Service, running  # noqa: E402
 
 SAMPLE_S = 5.0
 MAX_GROWTH = 0.1

@@ -193,6 +193,7 @@ def verify_receipt(
         named = [path for path in vault.root.rglob("*") if user_hash in path.name]
         problems += [f"{path}: is named by the user's hash" for path in named]
     needles = {text.encode() for text in canaries} | {json.dumps(text)[1:-1].encode() for text in canaries}
+    vault.close()  # see `Vault._registry_file`: the scan opens every file
     tops = [vault.root, *folders]
     problems += [f"{path}: holds a forgotten text" for top in tops for path in _files_with(top, needles)]
     return list(dict.fromkeys(problems))  # a vault may lie in one of the folders

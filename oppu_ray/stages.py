@@ -95,24 +95,32 @@ def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
             print("no base users: personal adapters stand on the base model itself")
             result["fingerprints"]["task_base"] = base.fingerprint
             return result
-        if config.federated.num_shards:
-            if not target.exists():
-                with progress_bar(
-                    "federated rounds", config.federated.num_rounds, "round", _folder(config, ""), "adapt"
-                ) as progress:
-                    adapter, residual = train_rounds(config, index, base, rounds, progress)
-                merge_adapter(base, adapter, target, residual)
-            drop_states(rounds)
-            result["federated"] = summarise_rounds(config, index, rounds)
-            print(format_summary(result["federated"]))
-        elif not target.exists():
-            trained = _train_task_adapter(config, index, base)
-            if trained.adapter is None:
-                raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
-            merge_adapter(base, trained.adapter, target)
-            result |= {"losses": trained.losses, "num_tokens": trained.num_useful_tokens}
+        with only_driver(_folder(config, "") / f".adapt-{task_id}.lock", lambda: False):
+            result |= _make_task_base(config, index, base, target, rounds)
         result["fingerprints"]["task_base"] = load_base(config.base, target).fingerprint
     return result
+
+
+def _make_task_base(config: Config, index: Index, base: Base, target: Path, rounds: Path) -> dict[str, Any]:
+    """Train the task adapter and merge it into `target`, where that is not done; what the result says of it."""
+    if config.federated.num_shards:
+        if not target.exists():
+            with progress_bar(
+                "federated rounds", config.federated.num_rounds, "round", _folder(config, ""), "adapt"
+            ) as progress:
+                adapter, residual = train_rounds(config, index, base, rounds, progress)
+            merge_adapter(base, adapter, target, residual)
+        drop_states(rounds)
+        summary = summarise_rounds(config, index, rounds)
+        print(format_summary(summary))
+        return {"federated": summary}
+    if target.exists():
+        return {}
+    trained = _train_task_adapter(config, index, base)
+    if trained.adapter is None:
+        raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
+    merge_adapter(base, trained.adapter, target)
+    return {"losses": trained.losses, "num_tokens": trained.num_useful_tokens}
 
 
 def _train_task_adapter(config: Config, index: Index, base: Base) -> TrainResult:

@@ -213,17 +213,19 @@ def backward_step(
     ]
     losses = torch.zeros(bank.num_slots, device=bank.device)
     tokens = dict.fromkeys(examples, 0)
-    passes = plan_passes(rows, config.max_tokens_per_pass)
-    passes.sort(key=lambda part: -sum(row.num_tokens for row in part))  # what one frees has room for all that follow
-    for number, part in enumerate(passes):
+    passes = []
+    for part in plan_passes(rows, config.max_tokens_per_pass):
+        passes.append((sum(row.num_tokens for row in part), part, dict(tokens)))
+        for row in part:
+            tokens[row.slot] += row.num_tokens
+    passes.sort(key=lambda one: -one[0])  # largest first: what it frees has room for all that follow
+    for number, (_, part, tokens_before) in enumerate(passes):
         if ranks.mine(number):
             stream = build_stream(part, bank.anchor.to(bank.dtype))
-            bank.use(stream.ranges, step, dict(tokens))
+            bank.use(stream.ranges, step, tokens_before)
             nll_C = ranks.losses(bank, stream)
             nll_C.sum().backward()
             losses.index_add_(0, stream.slot_C, nll_C.detach())
-        for row in part:
-            tokens[row.slot] += row.num_tokens
     return {slot: losses[slot].item() for slot in examples}, tokens
 
 

@@ -11,6 +11,7 @@ are parsed, and an encrypted vault never puts plain text on the disk.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -131,9 +132,7 @@ class Vault:
             if len(self._key) != 32:
                 raise ValueError(f"vault {root}: key file has {len(self._key)} bytes, expected 32")
             if registry_url is None:
-                registry_path = self.root / "registry.sqlite"
-                os.close(os.open(registry_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-                registry_url = f"sqlite:///{registry_path}"
+                registry_url = f"sqlite:///{self._registry_file()}"
         except OSError as error:
             raise ValueError(f"vault {root}: cannot be opened: {_reason(error)}") from error
         self.is_encrypted = (self.root / "keys").is_dir()
@@ -142,8 +141,21 @@ class Vault:
         self.registry = Registry(registry_url, self.derive_key("audit"), clock)
 
     def close(self) -> None:
-        """Close the registry's connections."""
+        """Close the registry's connections; the next use opens them again."""
         self.registry.close()
+
+    def _registry_file(self) -> Path:
+        """The database's path; made here if it is not there, for SQLite would let everybody read it.
+
+        Never opened otherwise: closing it drops all locks that this process has on it, SQLite's too, and another
+        process would take the log away from under them.
+        """
+        path = self.root / "registry.sqlite"
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        return path
 
     # ---- who
 

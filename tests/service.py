@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx2
 import psutil
+from faults import until
 from line_tools import oppu, tagging_user, write_config, write_users
 from ray import serve
 from serve_tools import token_of
@@ -123,13 +123,6 @@ class Load:
 
 def is_good(answer: httpx2.Response | Exception) -> bool:
     return isinstance(answer, httpx2.Response) and answer.status_code == 200
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def replica_pids(service: Service) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 from collections.abc import Iterator
@@ -143,6 +144,23 @@ def test_arms_of_one_kind_of_prompt_share_a_task_adapter_and_only_own_arms_train
     assert len({one["fingerprints"]["run"] for one in trained}) == 3
     assert {one["config"]["memory"]["top_k"]: one["num_trained"] for one in trained} == {0: 0, 1: 4, 2: 4}
     assert result(run, "adapt")["task_base"] == plain["adapt"]["task_base"]
+
+
+def test_a_task_adapter_that_is_being_trained_is_locked(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, base, write_users(tmp_path / "users.jsonl", USERS))
+    train = stages._train_task_adapter
+
+    def train_locked(*args: Any) -> Any:
+        (lock,) = run_dir(config).glob(".adapt-*.lock")
+        with lock.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return train(*args)
+
+    oppu("prepare", config)
+    monkeypatch.setattr(stages, "_train_task_adapter", train_locked)
+    assert oppu("adapt", config)["losses"]
 
 
 def test_answers_that_were_given_are_not_given_again_when_arms_are_added(

@@ -17,10 +17,11 @@ from typing import Any
 import httpx2
 import pytest
 import ray
+from faults import until
 from invariants import no_secrets
 from ray.cluster_utils import Cluster
 from serve_tools import token_of
-from service import GUESTS, USERS, Load, Service, is_good, replica_pids, running, service_replicas, until
+from service import GUESTS, USERS, Load, Service, is_good, replica_pids, running, service_replicas
 
 pytestmark = pytest.mark.chaos
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,7 +109,7 @@ def test_a_replica_is_ended_by_a_signal(service: Service, number: int, record_pr
         since = time.monotonic()
         until(lambda: victim not in replica_pids(service))
         record_property("recovery_s", seconds_until_good(load, since, 10))
-        until(lambda: len(service_replicas(service)) == 2, timeout_s=300)
+        until(lambda: len(service_replicas(service)) == 2)
     assert len(load.failed) <= 4, [getattr(one, "text", one) for one in load.failed]
     assert all(isinstance(one, httpx2.Response) and one.status_code == 503 for one in load.failed)
     assert versions_are_right(service, load)
@@ -117,7 +118,7 @@ def test_a_replica_is_ended_by_a_signal(service: Service, number: int, record_pr
 def test_more_clients_than_the_queue_holds(service: Service, record_property: Record) -> None:
     before = replica_pids(service)
     service.deploy("serve.max_rows=2", "serve.max_queued=2")  # two replicas, four requests each
-    until(lambda: not before & replica_pids(service), timeout_s=300)
+    until(lambda: not before & replica_pids(service))
     answers: list[tuple[float, httpx2.Response]] = []
 
     def ask(user: str) -> None:

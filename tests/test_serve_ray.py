@@ -16,9 +16,10 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from faults import until
 from line_tools import TAGS
 from serve_tools import token_of
-from service import GUESTS, USERS, Load, Service, replica_pids, running, service_replicas, until
+from service import GUESTS, USERS, Load, Service, replica_pids, running, service_replicas
 
 
 @pytest.fixture(scope="module")

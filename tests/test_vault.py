@@ -310,6 +310,18 @@ def test_another_users_files_in_ones_place_are_refused(either: Vault) -> None:
         either.get_blob("alice", "profile.txt")
 
 
+def test_a_vault_opened_twice_in_a_process_loses_nothing_to_another_process(tmp_path: Path) -> None:
+    """Were SQLite's locks dropped, the other process would delete the log that this one writes to when it ends."""
+    ours = Vault(tmp_path)
+    ours.add_users(["ann"])
+    Vault(tmp_path).close()
+    others = ["from pathlib import Path; from oppu_ray.vault import Vault", f"vault = Vault(Path({str(tmp_path)!r}))"]
+    run = partial(subprocess.run, check=True, stdout=subprocess.PIPE)
+    run([sys.executable, "-c", "\n".join([*others, "vault.add_users(['bob'])", "vault.close()"])])
+    ours.add_users(["cleo"])
+    assert run([sys.executable, "-c", "\n".join([*others, "print(len(vault.registry.users()))"])]).stdout == b"3\n"
+
+
 def test_symlinks_planted_above_are_neither_read_nor_written_through(plain: Vault, tmp_path: Path) -> None:
     plain.commit("alice", make_adapter(1), make_manifest())
     folder = plain.user_folder(plain.user_hash("alice"))
