@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 PACKED_ROWS = 32  # tokens of a typical product with a packed weight
-KEPT_PRODUCTS = 256  # shapes of a few training passes, or of decoding with 1 to 32 rows
+KEPT_PRODUCTS = 128  # shapes of a few training passes
 
 
 def keep_freed_memory() -> None:
