@@ -3,7 +3,7 @@
 In: prepared users and a base. Out: the task adapter, what method "product" adds to the base, and a record per round. A
 round: the server sends its adapter to the shards drawn for it; each trains a few steps with `train_pack` and answers
 with an update; the updates become the next adapter (`aggregation`), as sums only if asked (`secure`), under noise if
-asked (`privacy`). `Shard` is a client's side, `train_rounds` the server's; messages are bytes, and these are counted.
+asked (`privacy`). A client's side is `shards.Shard`, the server's `train_rounds`; messages are bytes and are counted.
 
 The decision a reader would question: a round is a commit. Its state and its record are on disk before the next begins,
 and everything drawn at random comes from the run's seed, the round and the shard: whatever is killed, the rounds that

@@ -303,16 +303,8 @@ def _studies(findings: dict[str, Any], pictures: dict[str, bytes]) -> list[Block
                      *(_interval(gain["mean"], gain["low"], gain["high"]) for gain in gains),
                      f"{size / 1e3:,.0f} kB" if size else "-", f"{seconds:.1f} s" if seconds else "-")
                 )  # fmt: skip
-        head = (
-            "set",
-            "variant",
-            "task-adapted",
-            "OPPU",
-            "gain in the metric",
-            "gain in nats per token",
-            "per user",
-            "training",
-        )
+        head = ("set", "variant", "task-adapted", "OPPU", "gain in the metric", "gain in nats per token",
+                "per user", "training")  # fmt: skip
         title = study.replace("_", " ").replace("peft", "PEFT")
         title = title[0].upper() + title[1:]
         blocks += [

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,26 +29,19 @@ def test_home_is_the_environments_or_the_cache(monkeypatch: pytest.MonkeyPatch) 
     assert oppu_home() == Path("/home/ann/.cache/oppu-ray")
 
 
-def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("write", "left"), [(write_atomic, b"new"), (write_once, b"old")])
+def test_a_file_is_written_whole_or_not_at_all(
+    write: Callable[[Path, bytes], None], left: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.json"
-    write_atomic(path, b"old")
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    write(path, b"old")
+    write(path, b"new")
+    assert path.read_bytes() == left and stat.S_IMODE(path.stat().st_mode) == 0o600
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, b"newer")
-    assert path.read_bytes() == b"new" and [file.name for file in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_file_that_is_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.key"
-    write_once(path, b"first")
-    write_once(path, b"second")
-    assert path.read_bytes() == b"first" and stat.S_IMODE(path.stat().st_mode) == 0o600
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_once(tmp_path / "b.key", b"third")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.key"]
+    for name in ("a.json", "b.json"):
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / name, b"newer")
+    assert path.read_bytes() == left and [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
