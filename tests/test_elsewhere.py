@@ -36,7 +36,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 asked = json.load(sys.stdin)
-llm = LLM(asked["base"], dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=512, enforce_eager=True)
+llm = LLM(asked["base"], dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=512, enforce_eager=True,
+          gpu_memory_utilization=0.3)
 answers = llm.generate(
     [{"prompt_token_ids": ids} for ids in asked["prompts"]],
     SamplingParams(temperature=0, max_tokens=asked["num_new"], ignore_eos=True),
