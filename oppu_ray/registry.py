@@ -25,7 +25,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-BUSY_S = 5
+BUSY_S = 30  # a write takes milliseconds, but a queue of workers before a slow disk may take seconds
+CONNECT_S = 5
 ROLES = ("user", "operator", "reader")
 _WRITE_LOCK = 0x6F707075
 _TOKEN = re.compile(r"oppu_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
@@ -187,7 +188,7 @@ class Registry:
             sa.event.listen(self._engine, "begin", _begin_sqlite)
             self._reader = self._engine.execution_options(read_only=True)
         elif self._url.get_backend_name() == "postgresql":
-            options = {"options": f"-c lock_timeout={BUSY_S}s", "connect_timeout": BUSY_S}
+            options = {"options": f"-c lock_timeout={BUSY_S}s", "connect_timeout": CONNECT_S}
             driver = self._url.set(drivername="postgresql+psycopg")
             self._engine = sa.create_engine(driver, connect_args=options, pool_pre_ping=True)
             self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")

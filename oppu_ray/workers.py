@@ -36,7 +36,7 @@ from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import Index, read_index, read_users
 from oppu_ray.privacy import noise_key, private_backward
 from oppu_ray.progress import Interrupted, Progress
-from oppu_ray.registry import Lease, Refused
+from oppu_ray.registry import Lease, Refused, RegistryError
 from oppu_ray.secure import derive
 from oppu_ray.tasks import get_task
 from oppu_ray.telemetry import Telemetry
@@ -142,7 +142,7 @@ class Worker:
                     self._keep_history(user, leases[user.user_id])
                     kept.append(learnt)
                 except ValueError as error:
-                    yield failed(user.user_id, str(error))
+                    yield self._not_stored(user.user_id, error, isinstance(error, RegistryError))
             self.memories.write_profiles(kept)
             for user in kept:
                 try:
@@ -265,9 +265,14 @@ class Worker:
         try:
             version = self._commit(user_id, adapter, manifest, leases)
         except ValueError as error:
-            return failed(user_id, str(error), is_retryable=True)
+            return self._not_stored(user_id, error, is_retryable=True)
         self.telemetry.observe("oppu_commit_seconds", time.monotonic() - started)
         return settled(result, version)
+
+    def _not_stored(self, user_id: str, error: ValueError, is_retryable: bool) -> UserDone:
+        if isinstance(error, RegistryError) and self.ranks is not ALONE:
+            raise error  # a rank that hangs may hold the lock: only a new start of the group ends it
+        return failed(user_id, str(error), is_retryable)
 
     def _commit(self, user_id: str, adapter: AdapterState, manifest: Manifest, leases: dict[str, Lease]) -> str:
         is_served = not self.config.memory.name

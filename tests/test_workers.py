@@ -21,6 +21,8 @@ from oppu_ray.core import AdapterState, Example, Prediction, UserHistory
 from oppu_ray.forget import forget_user
 from oppu_ray.pool import RayWorker
 from oppu_ray.progress import Interrupted, Progress
+from oppu_ray.registry import RegistryError
+from oppu_ray.training import Ranks
 from oppu_ray.vault import Manifest
 from oppu_ray.workers import Worker, run_units, user_seed
 
@@ -309,4 +311,23 @@ def test_a_commit_that_fails_is_the_failure_of_its_user_and_may_succeed_later(
         patch.setattr(worker.vault, "commit", lambda *_: (_ for _ in ()).throw(ValueError("could not commit: full")))
         done = list(worker.train(USERS))
     assert {one.is_retryable for one in done} == {True} and {one.version for one in done} == {None}
+    assert {one.error for one in worker.train(USERS)} == {None}
+
+
+@pytest.mark.parametrize("method", ["append_history", "commit"])
+def test_a_locked_registry_is_the_failure_of_a_user_but_of_the_whole_group_of_ranks(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    worker = worker_of("run")
+
+    def locked(*_: Any, **__: Any) -> None:
+        raise RegistryError("registry: database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.vault, method, locked)
+        done = list(worker.train(USERS))
+        worker.ranks = Ranks()
+        with pytest.raises(RegistryError, match="locked"):
+            list(worker.train(USERS))
+    assert [one.user_id for one in done if one.is_retryable] == list(USERS)
     assert {one.error for one in worker.train(USERS)} == {None}
