@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 PACKED_ROWS = 32  # tokens of a typical product with a packed weight
 KEPT_PRODUCTS = 128  # shapes of a few training passes
+KEPT_KERNELS = 64  # of one function: each is for one or for more tokens, for training or for answering, and so on
 
 
 def keep_freed_memory() -> None:
@@ -63,6 +64,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     fp32 runs eagerly because exactness is measured there and compiled code may reorder a sum.
     """
+    torch._dynamo.config.recompile_limit = KEPT_KERNELS
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
     @functools.wraps(function)

@@ -12,6 +12,7 @@ from tiny import ARCHITECTURES, tiny_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from oppu_ray.kernels import (
     KEPT_PRODUCTS,
@@ -111,6 +112,18 @@ def test_a_fused_model_in_bfloat16_stays_close_to_float32() -> None:
     assert fuse(model) == 7
     for found, wanted in zip(logits_and_gradient(model), exact, strict=True):
         assert (found.float() - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_a_norm_runs_compiled_on_tokens_and_on_their_heads_however_few() -> None:
+    """Gemma's: over tokens and over heads, one or more of each, in training and in answering, in one process."""
+    norm = Gemma3RMSNorm(16).to(torch.bfloat16)
+    plain, draw = norm.forward, torch.Generator().manual_seed(0)
+    assert fuse(norm) == 1
+    for shape in ((1, 5, 16), (1, 1, 16), (1, 5, 2, 16), (1, 1, 2, 16), (1, 5, 1, 16), (1, 1, 1, 16)):
+        for is_answering in (False, True):
+            x = torch.randn(*shape, generator=draw).bfloat16()
+            with torch.inference_mode(is_answering):
+                torch.testing.assert_close(norm(x), plain(x), atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
