@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
-PAIR_FORMS = ("aligned", "next_token", "stem", "completion", "title_to_abstract", "mixed")
+STRATEGIES = ("next_token", "stem", "completion", "title_to_abstract")
+PAIR_FORMS = ("aligned", *STRATEGIES, "mixed")
 
 
 @dataclass(frozen=True)

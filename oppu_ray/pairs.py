@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from oppu_ray.config import TaskConfig
+from oppu_ray.config import STRATEGIES, TaskConfig
 from oppu_ray.core import Item, Prompt, TrainingPair
 from oppu_ray.tasks import Task, make_prompt, memory_line, missing_fields, one_line, target_text
 
@@ -30,11 +30,12 @@ def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig, form: str 
             items alike, and "mixed" every second one as "next_token": the study of history formats.
 
     Raises:
-        ValueError: The strategy is not one of the task's, or an item lacks what the strategy needs.
+        ValueError: The strategy is not one of the task's, or no strategy at all, or an item lacks what the strategy needs.
     """
-    if config.strategy and config.strategy not in task.strategies:
-        allowed = ", ".join(task.strategies) or "none, every item has a query-label pair"
-        raise ValueError(f"task.strategy: {config.strategy!r} does not fit {task.name}; expected one of: {allowed}")
+    allowed = task.strategies or STRATEGIES  # where every item has a query-label pair, none of them is used
+    if config.strategy and config.strategy not in allowed:
+        expected = ", ".join(allowed)
+        raise ValueError(f"task.strategy: {config.strategy!r} does not fit {task.name}; expected one of: {expected}")
     pairs = []
     for number, item in enumerate(items):
         is_plain = form not in ("aligned", "mixed") or (form == "mixed" and number % 2 == 1)
