@@ -166,9 +166,9 @@ def run_ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from oppu_ray.workers import open_base
     from serve.replica import IDLE_PASS_TOKENS, PASS_TOKENS
 
-    torch.set_num_threads(options.threads)
     config = open_config(options)
     base = open_base(config)
+    torch.set_num_threads(options.threads)
     passes = {"max_tokens_per_pass": IDLE_PASS_TOKENS, "max_tokens_while_decoding": PASS_TOKENS}
     engine = Engine(base.model, ROWS, [config.personal.peft], max_rows=ROWS, **passes)
     engine.warm_up()

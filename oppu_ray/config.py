@@ -309,9 +309,10 @@ class EvalConfig:
 class WorkersConfig:
     """`num_workers` 0 runs inline in this process; otherwise that many Ray actors, each owning a shard of users.
 
-    `threads` is per worker; 0 means all cores inline, and `cpus_per_worker` for an actor. A pack that trains longer
-    than `checkpoint_every_s` leaves a checkpoint that often, from which it goes on after a fault. Workers that share a
-    base, or the task adapter's training, are a group: if one is silent for `group_timeout_s`, all start again.
+    `threads` is per worker; 0 means all cores inline, and `cpus_per_worker` for an actor. Bits depend on it, and on
+    nothing else here: give it where runs are to be equal. A pack that trains longer than `checkpoint_every_s` leaves a
+    checkpoint that often, from which it goes on after a fault. Workers that share a base, or the task adapter's
+    training, are a group: if one is silent for `group_timeout_s`, all start again.
     """
 
     num_workers: int = 0

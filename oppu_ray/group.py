@@ -188,8 +188,6 @@ def _fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], max_restar
 
 def _join(job: dict[str, Any], path: Path | None, share_steps: bool) -> tuple[Config, Base, Group]:
     config = from_dict(job["config"])
-    if config.workers.threads:
-        torch.set_num_threads(config.workers.threads)
     mapped = replace(config, base=replace(config.base, device="cpu"))
     base, device = open_base(mapped, path), ray.train.torch.get_device()
     group = Group(base.model, job["settings"], device, config.workers.group_timeout_s, share_steps)

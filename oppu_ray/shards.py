@@ -261,8 +261,6 @@ class Host:
     """Some shards in one process, over one base."""
 
     def __init__(self, config: Config, shards: Mapping[int, Sequence[str]], folder: Path, base: Base | None = None):
-        if config.workers.threads:
-            torch.set_num_threads(config.workers.threads)
         base = base or open_base(config)
         index = read_index(Path(config.run_dir) / "prepare")
         self.shards = {

@@ -53,7 +53,12 @@ PROFILE_TOKENS = 160  # for a model to write; `profiles` keeps 120 words
 
 
 def open_base(config: Config, path: Path | None = None) -> Base:
-    """Load the base and make it fast; `path` is a merged task base, None the config's own base."""
+    """Load the base and make it fast; `path` is a merged task base, None the config's own base.
+
+    Sets `workers.threads` for this process: the number of threads is in the bits of every product.
+    """
+    if config.workers.threads:
+        torch.set_num_threads(config.workers.threads)
     keep_freed_memory()
     base = load_base(config.base, path)
     fuse(base.model)
@@ -92,8 +97,6 @@ class Worker:
         opened: Base | None = None,
         ranks: Ranks = ALONE,
     ):
-        if config.workers.threads:
-            torch.set_num_threads(config.workers.threads)
         self.config, self.run_id = config, run_id
         self.run_dir = Path(config.run_dir)
         self.index = read_index(self.run_dir / "prepare")

@@ -113,9 +113,9 @@ class Engine:
         from serve.replica import Replica, make_engine
 
         config = from_dict(values)
-        torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))
         name = serve.get_replica_context().replica_id.unique_id
         base = open_task_base(config)
+        torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))
         self.replica = Replica(config, base, open_vault(config), make_engine(config, base), name, Meters(name))
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from line_tools import chat_user, oppu, tagging_user, write_config, write_users
 from reference import difference
 from tiny import tiny_base
@@ -16,7 +17,7 @@ from vault_tools import same
 
 from oppu_ray import training, workers
 from oppu_ray.base_model import Base, fingerprint_model
-from oppu_ray.config import Config, load_config, to_dict
+from oppu_ray.config import Config, WorkersConfig, load_config, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, UserHistory
 from oppu_ray.forget import forget_user
 from oppu_ray.pool import RayWorker
@@ -235,6 +236,17 @@ def test_another_run_keeps_its_users_to_itself_until_it_is_done(
     list(training)
     assert {one.user_id: one.error for one in late.train(USERS)} == dict.fromkeys(USERS)
     assert [rows(late, user_id) for user_id in USERS] == [["busy", "late"], ["busy", "late"], ["late"]]
+
+
+def test_a_base_is_opened_with_as_many_threads_as_the_config_says(tagging: tuple[Config, Path]) -> None:
+    """In every stage and process: the last bits of an adapter depend on it."""
+    before = torch.get_num_threads()
+    try:
+        for num in (3, 1):
+            workers.open_base(replace(tagging[0], workers=WorkersConfig(threads=num)))
+            assert torch.get_num_threads() == num
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_user_forgotten_while_in_training_does_not_come_back(worker_of: Callable[[str], Worker]) -> None:
