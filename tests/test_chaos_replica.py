@@ -22,6 +22,7 @@ from vault_tools import make_manifest
 from oppu_ray.base_model import Base, load_base
 from oppu_ray.config import BaseConfig, Config, PeftConfig, ServeConfig, TaskConfig, TrainConfig
 from oppu_ray.core import Item
+from oppu_ray.registry import Version
 from oppu_ray.vault import Vault
 from serve.messages import Ask, Event, Failed, Finished, Started
 from serve.replica import Replica, make_engine
@@ -110,15 +111,15 @@ def test_five_hundred_readers_hang_up(replica: Replica, vault: Vault) -> None:
 
 
 def test_a_slow_store_delays_its_user_alone(replica: Replica, vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, load = threading.Event(), vault.load
+    go, load = threading.Event(), vault.load_version
     slow = vault.user_hash("user-9")
 
-    def loaded(user: str, *args: Any, **kwargs: Any) -> Any:
-        if user == slow:
+    def loaded(row: Version, **kwargs: Any) -> Any:
+        if row.user_hash == slow:
             go.wait(60)
-        return load(user, *args, **kwargs)
+        return load(row, **kwargs)
 
-    monkeypatch.setattr(vault, "load", loaded)
+    monkeypatch.setattr(vault, "load_version", loaded)
 
     async def both() -> tuple[list[Event], list[Event]]:
         late = asyncio.create_task(answer(replica, ask_of(vault, "user-9", deadline_s=1.0)))
