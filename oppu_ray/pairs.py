@@ -30,7 +30,7 @@ def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig, form: str 
             items alike, and "mixed" every second one as "next_token": the study of history formats.
 
     Raises:
-        ValueError: The strategy is none, or none of the task's, or an item lacks what the strategy needs.
+        ValueError: `task.strategy` is unknown or not one of the task's, or an item lacks what it needs.
     """
     allowed = task.strategies or STRATEGIES  # where every item has a query-label pair, none of them is used
     if config.strategy and config.strategy not in allowed:

@@ -145,13 +145,13 @@ class Worker:
                     self._keep_history(user, leases[user.user_id])
                     kept.append(learnt)
                 except ValueError as error:
-                    yield self._not_stored(user.user_id, error, isinstance(error, RegistryError))
+                    yield self._failure(user.user_id, error)
             self.memories.write_profiles(kept)
             for user in kept:
                 try:
                     works.append(self._work(user, base))
                 except ValueError as error:
-                    yield failed(user.user_id, str(error))
+                    yield self._failure(user.user_id, error)
             for user_id in leases.keys() - item_ids.keys():
                 yield failed(user_id, "was forgotten since the run began")
             left = [work.user_id for work in works]
@@ -268,14 +268,16 @@ class Worker:
         try:
             version = self._commit(user_id, adapter, manifest, leases)
         except ValueError as error:
-            return self._not_stored(user_id, error, is_retryable=True)
+            return self._failure(user_id, error, is_retryable=True)
         self.telemetry.observe("oppu_commit_seconds", time.monotonic() - started)
         return settled(result, version)
 
-    def _not_stored(self, user_id: str, error: ValueError, is_retryable: bool) -> UserDone:
-        if isinstance(error, RegistryError) and self.ranks is not ALONE:
+    def _failure(self, user_id: str, error: ValueError, is_retryable: bool = False) -> UserDone:
+        """What is told of a user after `error`; that the registry fails is nobody's fault."""
+        is_registry = isinstance(error, RegistryError)
+        if is_registry and self.ranks is not ALONE:
             raise error  # a rank that hangs may hold the lock: only a new start of the group ends it
-        return failed(user_id, str(error), is_retryable)
+        return failed(user_id, str(error), is_retryable or is_registry)
 
     def _commit(self, user_id: str, adapter: AdapterState, manifest: Manifest, leases: dict[str, Lease]) -> str:
         is_served = not self.config.memory.name

@@ -326,9 +326,9 @@ def test_a_commit_that_fails_is_the_failure_of_its_user_and_may_succeed_later(
     assert {one.error for one in worker.train(USERS)} == {None}
 
 
-@pytest.mark.parametrize("method", ["append_history", "commit"])
+@pytest.mark.parametrize(("part", "method"), [("vault", "append_history"), ("memories", "open"), ("vault", "commit")])
 def test_a_locked_registry_is_the_failure_of_a_user_but_of_the_whole_group_of_ranks(
-    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch, method: str
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch, part: str, method: str
 ) -> None:
     worker = worker_of("run")
 
@@ -336,7 +336,7 @@ def test_a_locked_registry_is_the_failure_of_a_user_but_of_the_whole_group_of_ra
         raise RegistryError("registry: database is locked")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker.vault, method, locked)
+        patch.setattr(getattr(worker, part), method, locked)
         done = list(worker.train(USERS))
         worker.ranks = Ranks()
         with pytest.raises(RegistryError, match="locked"):
