@@ -258,6 +258,8 @@ def ask_all(
 
     Whose adapter is in no slot waits while a thread reads and checks it. Times count from when a question was due.
     """
+    import torch
+
     from oppu_ray.core import Request
 
     made, draw = prompts(options, engine.model.config.vocab_size, seed=1), random.Random(2)
@@ -267,7 +269,7 @@ def ask_all(
     last: dict[str, float] = {}
     read: queue.SimpleQueue[Any] = queue.SimpleQueue()
     num_loads, began = 0, time.perf_counter()
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
 
         def ask(number: int, at: float) -> None:
             user = users[number]

@@ -107,16 +107,12 @@ class Engine:
     """`serve.replica.Replica` behind Serve."""
 
     def __init__(self, values: dict[str, Any]):
-        import torch
-
-        from oppu_ray.refresh import open_task_base
-        from serve.replica import Replica, make_engine
+        from serve.replica import Replica, build_engine
 
         config = from_dict(values)
         name = serve.get_replica_context().replica_id.unique_id
-        base = open_task_base(config)
-        torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))
-        self.replica = Replica(config, base, open_vault(config), make_engine(config, base), name, Meters(name))
+        base, engine = build_engine(config)
+        self.replica = Replica(config, base, open_vault(config), engine, name, Meters(name))
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """See `Replica.ask`."""

@@ -19,7 +19,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
+
+import torch
 
 from oppu_ray.adapters import FittedAdapter
 from oppu_ray.base_model import Base
@@ -29,6 +32,7 @@ from oppu_ray.evaluation import stop_ids
 from oppu_ray.inference import Engine
 from oppu_ray.memory import Memories
 from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
+from oppu_ray.refresh import open_task_base
 from oppu_ray.registry import RegistryError, UserHash, Version
 from oppu_ray.tasks import get_task, make_prompt, memory_line
 from oppu_ray.vault import CorruptError, Vault
@@ -70,6 +74,7 @@ class EngineLoop:
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self.call(torch.get_num_threads).result()  # a thread takes torch's number when it first asks, and keeps it
 
     def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """Run a function in the engine's thread, between two steps; RuntimeError in the future if that has died."""
@@ -196,8 +201,9 @@ class Replica:
         memory = replace(config.memory, top_k=MAX_TOP_K)  # the best k are the first k of these
         self._memories = Memories(replace(config, memory=memory), vault, generate=lambda prompts: ())
         self._num_forgotten: Counter[str] = Counter()
-        self._pool = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="load")
         self.loop = EngineLoop(engine, measure)
+        one_thread = partial(torch.set_num_threads, 1)  # no team of their own: see `build_engine`
+        self._pool = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="load", initializer=one_thread)
 
     def close(self) -> None:
         """End the threads; the vault stays open."""
@@ -385,6 +391,23 @@ class Replica:
 
     def _text(self, token: int) -> str:
         return str(self.base.tokenizer.decode([token]))
+
+
+def build_engine(config: Config) -> tuple[Base, Engine]:
+    """The run's task base, and the engine over it with its replica's number of threads, made in a thread that ends.
+
+    OpenMP keeps a team for every thread that has run a parallel loop, and threads of a team no longer wait awake for
+    their next loop where all teams have more of them than there are cores: a step takes half as long again, for ever.
+    So only the engine's thread may have a team.
+    """
+
+    def build() -> tuple[Base, Engine]:
+        base = open_task_base(config)
+        torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))
+        return base, make_engine(config, base)
+
+    with ThreadPoolExecutor(1) as builder:
+        return builder.submit(build).result()
 
 
 def make_engine(config: Config, base: Base) -> Engine:
