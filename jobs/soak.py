@@ -188,7 +188,8 @@ class Soak:
                 ).returncode  # fmt: skip
             self.counts[f"runs ended with {code}"] += 1
             if code not in (0, 1, 4):  # 1: a pack lost three workers; 4: so it did before it began
-                self.wrong.append(f"a run ended with {code}")
+                words = (self.service.folder / "train.log").read_text(errors="replace").rstrip().rpartition("\n")[2]
+                self.wrong.append(f"a run ended with {code}: {words[-500:]}")
 
     def kill(self) -> None:
         draw = random.Random(f"{self.seed}/kill")

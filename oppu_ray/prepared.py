@@ -123,17 +123,18 @@ def read_index(folder: Path) -> Index:
 
 
 def read_users(folder: Path, index: Index, user_ids: Sequence[str]) -> list[UserHistory]:
-    """Read just these users' lines, but for users who were forgotten since the index was read.
+    """Read just these users' lines, in this order; who is not there, forgotten before the index was read or since, is
+    left out.
 
     Raises:
-        ValueError: A user was not prepared, or `users.jsonl` is not the file that the index was made for.
+        ValueError: `users.jsonl` is not the file that the index was made for.
     """
-    if unknown := [user_id for user_id in user_ids if user_id not in index.entries]:
-        raise ValueError(f"user {unknown[0]!r} is not in {folder / INDEX_NAME}: run `prepare` with their history first")
     users = []
     with (folder / USERS_NAME).open("rb") as file:
         for user_id in user_ids:
-            entry = index.entries[user_id]
+            entry = index.entries.get(user_id)
+            if entry is None:
+                continue
             file.seek(entry.offset)
             line = file.read(entry.length)
             if line.isspace():

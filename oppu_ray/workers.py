@@ -299,13 +299,17 @@ class Worker:
         return plan_user(user.user_id, user_seed(self.config.seed, user.user_id), examples, self.config.personal)
 
     def answer(self, unit: Unit, arm: str, partners: Unit = (), progress: Any = None) -> Iterator[Prediction]:
-        """Answer the users' queries by one arm; `partners` are the users whose adapters "swapped" uses."""
+        """Answer the users' queries by one arm; `partners` are the users whose adapters "swapped" uses.
+
+        Who was forgotten since the run began is left out.
+        """
         base = self._base(None if arm == "base" else self.task_base_path)
         users = read_users(self.run_dir / "prepare", self.index, unit)
         self.memories.write_profiles(users)
         memories = [self.memories.open(user) for user in users]
-        owners = {"own": unit, "swapped": partners}.get(evaluation.parse_arm(arm).model)
-        adapters = [self._adapter(owner, base) for owner in owners] if owners is not None else None
+        wearing = {"own": unit, "swapped": partners}.get(evaluation.parse_arm(arm).model)
+        owner = dict(zip(unit, wearing, strict=True)) if wearing is not None else {}
+        adapters = [self._adapter(owner[user.user_id], base) for user in users] if owner else None
         yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, memories, progress)
 
     def _adapter(self, user_id: str, base: Base) -> AdapterState:

@@ -361,6 +361,13 @@ def test_who_is_forgotten_during_a_run_fails_alone_and_does_not_come_back(
     done = {one.user_id: one for one in [first, *stream]}
     assert done["user-0"].version and done["user-2"].version and not done["user-1"].version
     assert done["user-1"].error == "user 'user-1': was forgotten since the run began"
+
+    # a worker that starts only now, in the place of one that died, no longer finds them in the index
+    late = run_units(load_config(config), base, "a third run", "train", [[(("user-1", "user-2"),)]])
+    late_done = {one.user_id: one for one in late}
+    assert late_done["user-2"].version and late_done["user-1"].error == done["user-1"].error
+    late = run_units(load_config(config), base, "a third run", "answer", [[(("user-1", "user-2"), "oppu", ())]])
+    assert {answer.user_id for answer in late} == {"user-2"}
     assert users("verify-receipt", receipt["receipt_id"]) == []
 
 
