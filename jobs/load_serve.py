@@ -121,6 +121,7 @@ def ask_on(
                 failures.append(str(status))
         except OSError as error:
             failures.append(type(error).__name__)
+            stop.wait(0.1)  # or a service that is not there would be asked 10,000 times a second
 
 
 def ask(config: Config, user: Asked, body: dict[str, Any]) -> int:
