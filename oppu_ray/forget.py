@@ -20,6 +20,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -252,8 +253,13 @@ def _inventory(vault: Vault, user_hash: str) -> list[tuple[str, str]]:
     folder = vault.user_folder(user_hash)
     if folder.is_symlink():  # put there by someone; what it points to is not ours to read or remove
         return []
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-    return [(str(path.relative_to(folder)), sha256(path.read_bytes())) for path in files]
+    found = []
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            with suppress(FileNotFoundError):  # a refused commit takes its files away
+                if not path.is_symlink():
+                    found.append((str(path.relative_to(folder)), sha256(path.read_bytes())))
+    return sorted(found)
 
 
 def _digest(inventory: list[tuple[str, str]]) -> str:

@@ -632,12 +632,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, link or folder (never what a link points to), and sync the folder it was in."""
-    if path.is_dir() and not path.is_symlink():
-        step(shutil.rmtree, path)
-    else:
-        step(os.unlink, path)
-    sync_folder(path.parent)
+    """Remove a file, link or folder (never what a link points to), and sync the folder it was in.
+
+    Another process may be removing it, too, as a refused commit does while its user's items are forgotten.
+    """
+    while os.path.lexists(path):
+        with suppress(FileNotFoundError):
+            step(shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink, path)
+    with suppress(FileNotFoundError):
+        sync_folder(path.parent)
 
 
 def decode_adapter(files: dict[str, bytes], manifest: Manifest) -> AdapterState:

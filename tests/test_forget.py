@@ -153,6 +153,39 @@ def test_a_job_that_is_training_a_forgotten_user_cannot_bring_them_back(vault: V
     assert verify_receipt(vault, receipt, canaries=CANARIES) == []
 
 
+def test_items_are_forgotten_while_a_refused_commit_takes_its_own_files_away(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = vault.user_folder(vault.user_hash("alice"))
+    read, rmtree, seen = Path.read_bytes, shutil.rmtree, set[Path]()
+
+    def quicker(path: Path) -> None:
+        """Another process has removed one of the files, and goes on with the rest."""
+        if path in seen:
+            rmtree(path)
+        else:
+            seen.add(path)
+            next(path.rglob("*")).unlink()
+            raise FileNotFoundError(path)
+
+    def gone(path: Path) -> bytes:
+        if path.name == "README" and path not in seen:
+            seen.add(path)
+            path.unlink()
+        return read(path)
+
+    (folder / "adapters" / "unpublished").mkdir()
+    (folder / "adapters" / "unpublished" / "README").touch()
+    (folder / "adapters" / "unpublished" / "manifest.json").touch()
+    monkeypatch.setattr(vault_module.shutil, "rmtree", quicker)
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    receipt = forget_items(vault, "alice", ["2"])
+    assert [path.name for path in (folder / "adapters").iterdir()] == [
+        vault.registry.versions(vault.user_hash("alice"))[0].version
+    ]
+    assert len(seen) >= 3 and verify_receipt(vault, receipt) == []
+
+
 def test_a_link_in_the_users_place_is_removed_but_not_followed(vault: Vault, tmp_path: Path) -> None:
     folder, elsewhere = vault.user_folder(vault.user_hash("alice")), tmp_path / "elsewhere"
     folder.rename(elsewhere)
