@@ -256,7 +256,8 @@ def ask_all(
 ) -> dict[str, Any]:
     """A question of each user: by 32 clients in turn or, with a `rate`, at random times, so many a second.
 
-    Whose adapter is in no slot waits while a thread reads and checks it. Times count from when a question was due.
+    Whose adapter is in no slot waits while a thread like a replica's loaders reads and checks it. Times count from when
+    a question was due.
     """
     import torch
 

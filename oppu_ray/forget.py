@@ -253,13 +253,7 @@ def _inventory(vault: Vault, user_hash: str) -> list[tuple[str, str]]:
     folder = vault.user_folder(user_hash)
     if folder.is_symlink():  # put there by someone; what it points to is not ours to read or remove
         return []
-    found = []
-    for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            with suppress(FileNotFoundError):  # a refused commit takes its files away
-                if not path.is_symlink():
-                    found.append((str(path.relative_to(folder)), sha256(path.read_bytes())))
-    return sorted(found)
+    return [(str(Path(path).relative_to(folder)), digest) for path, digest in _hashes(folder)]
 
 
 def _digest(inventory: list[tuple[str, str]]) -> str:
@@ -408,10 +402,15 @@ def _hash_of(vault: Vault, user_id: str) -> str:
         return ""
 
 
-def _hashes(path: Path) -> list[tuple[str, str]]:
-    """(path, SHA-256) of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [(str(file), sha256(file.read_bytes())) for file in files]
+def _hashes(top: Path) -> list[tuple[str, str]]:
+    """(path, SHA-256) of a file, or of all files in a folder, links aside."""
+    paths = [top] if top.is_file() else [Path(parent, name) for parent, _, names in os.walk(top) for name in names]
+    found = []
+    for path in sorted(paths):
+        with suppress(FileNotFoundError):  # a refused commit, or a run that is done with a pack, takes its files away
+            if path.is_file() and not path.is_symlink():
+                found.append((str(path), sha256(path.read_bytes())))
+    return found
 
 
 def _files_with(top: Path, needles: set[bytes]) -> Iterator[Path]:

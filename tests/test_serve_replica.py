@@ -84,11 +84,11 @@ def test_the_engine_keeps_its_number_of_threads_and_loaders_have_one_each(base: 
     mine, made = torch.get_num_threads(), FakeEngine(base.tokenizer)
     torch.set_num_threads(3)
     one = Replica(CONFIG, base, Vault(tmp_path / "vault"), made, "r1")  # type: ignore[arg-type]
+    torch.set_num_threads(mine)
     loaders = [one._pool.submit(torch.get_num_threads) for _ in range(8)]
     assert {loader.result() for loader in loaders} == {1}
     assert one.loop.call(torch.get_num_threads).result() == 3
     one.close()
-    torch.set_num_threads(mine)
 
 
 def test_the_current_version_answers_from_the_next_request_on(replica: Replica) -> None:
