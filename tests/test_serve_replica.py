@@ -91,6 +91,18 @@ def test_the_engine_keeps_its_number_of_threads_and_loaders_have_one_each(base: 
     one.close()
 
 
+def test_what_prompts_left_in_pieces_is_given_back_while_answers_go_on(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr("serve.replica.return_freed_memory", lambda: given_back.append(threading.current_thread().name))
+    answer(replica)
+    assert not given_back
+    monkeypatch.setattr("serve.replica.TRIM_S", 0.0)
+    answer(replica)
+    assert set(given_back) == {"engine"}
+
+
 def test_the_current_version_answers_from_the_next_request_on(replica: Replica) -> None:
     assert answer(replica)[0].version is None and answer(replica)[0].fallback == "no_adapter"
     first = commit(replica, "ann")
