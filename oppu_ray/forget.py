@@ -333,13 +333,13 @@ def _changes(
             continue
         elif path.name == "result.json" and is_all:
             try:
-                result = json.loads(path.read_bytes())
+                result = json.loads(_read(path))
             except ValueError:
                 continue
             if (kept := _without_keys(vault, user_hash, result)) != result:
                 yield path, json.dumps(kept, indent=1).encode()
         elif path.name.endswith((".jsonl", ".jsonl.gz")) and path not in prepared:
-            data, is_packed = path.read_bytes(), path.suffix == ".gz"
+            data, is_packed = _read(path), path.suffix == ".gz"
             lines = (gzip.decompress(data) if is_packed else data).splitlines(keepends=True)
             left = b"".join(_without(vault, user_hash, line, is_gone, with_answers) for line in lines)
             if left != b"".join(lines):
@@ -352,8 +352,16 @@ def _is_checkpoint_of(path: Path, user_hash: str) -> bool:
         return False
     files = list(path.rglob("*"))
     return any(user_hash in file.name for file in files) or any(
-        user_hash in file.read_text(errors="replace") for file in files if file.suffix == ".json"
+        user_hash.encode() in _read(file) for file in files if file.suffix == ".json"
     )
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes; none if a run beside us has just removed it."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _without_keys(vault: Vault, user_hash: str, value: Any) -> Any:

@@ -368,7 +368,11 @@ class Vault:
         Only what is older than `min_age_s`, and whose user no job has leased. Returns the removed paths.
         """
         oldest = self._clock() - min_age_s
-        suspects = {path: _HASH.search(str(path)) for path in self._leftovers() if path.lstat().st_mtime <= oldest}
+        suspects = {}
+        for path in self._leftovers():
+            with suppress(FileNotFoundError):  # gone meanwhile: it was no leftover
+                if path.lstat().st_mtime <= oldest:
+                    suspects[path] = _HASH.search(str(path))
         leases: dict[str, Lease] = {}
         for owner in {match[0] for match in suspects.values() if match}:
             with suppress(Refused):

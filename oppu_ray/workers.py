@@ -301,22 +301,26 @@ class Worker:
     def answer(self, unit: Unit, arm: str, partners: Unit = (), progress: Any = None) -> Iterator[Prediction]:
         """Answer the users' queries by one arm; `partners` are the users whose adapters "swapped" uses.
 
-        Who was forgotten since the run began is left out.
+        Who was forgotten since the run began is left out, and who would answer by the adapter of such a user.
         """
         base = self._base(None if arm == "base" else self.task_base_path)
         users = read_users(self.run_dir / "prepare", self.index, unit)
+        wearing = {"own": unit, "swapped": partners}.get(evaluation.parse_arm(arm).model)
+        adapters = None
+        if wearing is not None:
+            owner = dict(zip(unit, wearing, strict=True))
+            found = [(user, self._adapter(owner[user.user_id], base)) for user in users]
+            users = [user for user, adapter in found if adapter]
+            adapters = [adapter for _, adapter in found if adapter]
         self.memories.write_profiles(users)
         memories = [self.memories.open(user) for user in users]
-        wearing = {"own": unit, "swapped": partners}.get(evaluation.parse_arm(arm).model)
-        owner = dict(zip(unit, wearing, strict=True)) if wearing is not None else {}
-        adapters = [self._adapter(owner[user.user_id], base) for user in users] if owner else None
         yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, memories, progress)
 
-    def _adapter(self, user_id: str, base: Base) -> AdapterState:
-        """The adapter that this run committed for the user, whatever has become current since."""
+    def _adapter(self, user_id: str, base: Base) -> AdapterState | None:
+        """The adapter that this run committed for the user, whatever has become current since; None if that is gone."""
         version = self.vault.registry.unit_version(self.run_id, self.vault.user_hash(user_id))
         if version is None:
-            raise ValueError(f"user {user_id!r}: run {self.run_id} has committed no adapter; run `train` first")
+            return None
         return self.vault.load(user_id, version, base_fingerprint=base.fingerprint)[0]
 
 

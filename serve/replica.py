@@ -43,7 +43,7 @@ STALL_S = 120.0
 """A step that takes longer has hung: the slowest sane one, 2,048 prompt tokens on one core, takes seconds."""
 
 TRIM_S = 10.0
-"""Memory that prompts of many lengths left in pieces is given back so often: 20 ms, and half a GB less after an hour."""
+"""Memory that prompts of many lengths left in pieces is given back so often: it takes 20 ms."""
 
 NUM_LOADERS = 4
 

@@ -186,6 +186,25 @@ def test_items_are_forgotten_while_a_refused_commit_takes_its_own_files_away(
     assert len(seen) >= 3 and verify_receipt(vault, receipt) == []
 
 
+def test_a_user_is_forgotten_while_a_run_takes_its_checkpoints_away(
+    vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "pack"
+    folder.mkdir(parents=True)
+    (folder / "a.json").write_text(vault.user_hash("alice"))
+    (folder / "b.json").touch()
+    listed = Path.rglob
+
+    def gone(path: Path, pattern: str) -> Iterator[Path]:
+        found = [*listed(path, pattern)]
+        (folder / "a.json").unlink(missing_ok=True)
+        return iter(found)
+
+    monkeypatch.setattr(Path, "rglob", gone)
+    receipt = forget_user(vault, "alice", [tmp_path / "run"])
+    assert not (folder / "a.json").exists() and verify_receipt(vault, receipt, [tmp_path / "run"]) == []
+
+
 def test_a_link_in_the_users_place_is_removed_but_not_followed(vault: Vault, tmp_path: Path) -> None:
     folder, elsewhere = vault.user_folder(vault.user_hash("alice")), tmp_path / "elsewhere"
     folder.rename(elsewhere)

@@ -824,6 +824,11 @@ def load_seed(vault: Vault) -> int:
 # ---- gc
 
 
+def test_gc_passes_over_what_a_commit_has_just_put_in_its_place(plain: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "_leftovers", lambda: [plain.root / "tmp" / "was-here"])
+    assert plain.gc(min_age_s=-1) == []
+
+
 def test_gc_leaves_what_is_young_leased_or_registered(plain: Vault) -> None:
     clock = plain._clock
     assert isinstance(clock, Clock)

@@ -144,8 +144,6 @@ def texts(predictions: list[Prediction]) -> list[tuple[str, str, str, float | No
 
 def test_each_arm_answers_with_whose_adapter_it_says(worker_of: Callable[[str], Worker]) -> None:
     worker = worker_of("run")
-    with pytest.raises(ValueError, match="user 'user-0': run run has committed no adapter; run `train` first"):
-        list(worker.answer(USERS, "oppu"))
     list(worker.train(USERS))
     task, oppu_arm = list(worker.answer(USERS, "task")), list(worker.answer(USERS, "oppu"))
     assert [(one.user_id, one.query_id) for one in oppu_arm] == [(u, f"u{u[-1]}-{i}") for u in USERS for i in (3, 4)]
@@ -154,6 +152,16 @@ def test_each_arm_answers_with_whose_adapter_it_says(worker_of: Callable[[str], 
     swapped = list(worker.answer(USERS, "swapped", ("user-1", "user-2", "user-0")))
     assert all(a.nll != b.nll for a, b in zip(swapped, oppu_arm, strict=True))
     assert texts(list(worker.answer(USERS, "base"))) == texts(task)  # there is no task adapter in this run
+
+
+def test_answers_go_on_without_who_is_forgotten_meanwhile(worker_of: Callable[[str], Worker]) -> None:
+    worker = worker_of("run")
+    list(worker.train(USERS))
+    before = {arm: texts(list(worker.answer(USERS, arm, (*USERS[1:], USERS[0])))) for arm in ("oppu", "swapped")}
+    forget_user(worker.vault, "user-1")
+    for arm, without in (("oppu", "user-1"), ("swapped", "user-0")):  # user-0 would wear what user-1 had
+        after = texts(list(worker.answer(USERS, arm, (*USERS[1:], USERS[0]))))
+        assert after == [one for one in before[arm] if one[0] != without]
 
 
 def test_a_run_answers_with_its_own_adapters_whatever_is_current(worker_of: Callable[[str], Worker]) -> None:
