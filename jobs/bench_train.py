@@ -3,10 +3,11 @@
     python -m jobs.bench_train jobs/configs/movie_tagging.yaml data.path=users.jsonl.gz --users 32 --steps 2 --repeats 3
 
 Systems: `peft_sequential` (HF PEFT user by user, as the paper's loop; `bookkeeping_s` apart), `peft_mixed` (one PEFT
-model with all adapters, `adapter_names` per row, eval mode), `mlora` and `skyrl_tx` (`jobs/peers/`, on CPU, where an
-interpreter that has them is given), `ours_unshared` (no prefix sharing), `ours`, and `ours_one_user` (for memory). The
-floor is 4 P FLOP per useful token, P the parameters in matrix products, at the best matrix product that this machine
-reaches in the same run. Useful tokens count what a user's step shares once.
+model with all adapters, `adapter_names` per row, eval mode), both also with our allocator's settings, which no user of
+PEFT has (`..._tuned`), `mlora` and `skyrl_tx` (`jobs/peers/`, on CPU, where an interpreter that has them is given),
+`ours_unshared` (no prefix sharing), `ours`, and `ours_one_user` (for memory). The floor is 4 P FLOP per useful token, P
+the parameters in matrix products, at the best matrix product that this machine reaches in the same run. Useful tokens
+count what a user's step shares once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ INSTALL = {
     python3.11 -m venv tx && tx/bin/pip install torch==2.13.0 && tx/bin/pip install --no-deps skyrl-tx==0.3.0
     tx/bin/pip install jax flax optax peft cloudpathlib rich pydantic 'transformers>=4.56.1,<5'""",
 }
-SYSTEMS = ("peft_sequential", "peft_mixed", *PEERS, "ours_unshared", "ours", "ours_one_user")
+TUNED = "_tuned"
+RIVALS = ("peft_sequential", "peft_mixed", "peft_sequential_tuned", "peft_mixed_tuned", *PEERS)
+SYSTEMS = (*RIVALS, "ours_unshared", "ours", "ours_one_user")
 MIXED_ROWS = 32
 
 
@@ -169,7 +172,8 @@ def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
     from oppu_ray.kernels import keep_freed_memory
     from oppu_ray.workers import open_base
 
-    keep_freed_memory()
+    if system.startswith("ours") or system.endswith(TUNED):
+        keep_freed_memory()
     config = from_dict(work["config"])
     users = [
         UserWork(
@@ -182,7 +186,7 @@ def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
     ]
     path = Path(work["base"])
     base = open_base(config, path) if system.startswith("ours") else load_base(config.base, path)
-    train = {"peft_sequential": peft_sequential, "peft_mixed": peft_mixed}.get(system, ours)
+    train = {"peft_sequential": peft_sequential, "peft_mixed": peft_mixed}.get(system.removesuffix(TUNED), ours)
     warm = [UserWork(u.user_id, u.seed, u.peft, (u.steps[0][:4],)) for u in users[:2]]
     train(system, base.model, warm, config.personal)  # compiles, and touches every weight once
     started = time.perf_counter()
@@ -373,7 +377,7 @@ def ratios(rows: dict[str, Any]) -> dict[str, float]:
     if "ours" not in rows:
         return {}
     mine, found = rows["ours"], {}
-    for system in ("peft_sequential", "peft_mixed", *PEERS, "ours_unshared"):
+    for system in (*RIVALS, "ours_unshared"):
         if system in rows:
             found[f"ours_vs_{system}"] = mine["users_per_hour"] / rows[system]["users_per_hour_no_bookkeeping"]
             found[f"loss_difference_{system}"] = max(
@@ -386,10 +390,10 @@ def ratios(rows: dict[str, Any]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'system':<18}{'users/hour':>11}{'tokens/s':>10}{'of floor':>10}{'peak GB':>9}{'last loss':>11}"]
+    lines = [f"{'system':<22}{'users/hour':>11}{'tokens/s':>10}{'of floor':>10}{'peak GB':>9}{'last loss':>11}"]
     for system, row in result["rows"].items():
         lines.append(
-            f"{system:<18}{row['users_per_hour']:>11.0f}{row['useful_tokens_per_s']:>10.0f}{row['floor_share']:>10.0%}"
+            f"{system:<22}{row['users_per_hour']:>11.0f}{row['useful_tokens_per_s']:>10.0f}{row['floor_share']:>10.0%}"
             f"{row['peak_bytes'] / 1e9:>9.2f}{row['last_loss']:>11.4f}"
         )
     tokens = next(iter(result["rows"].values()))["tokens_per_user_step"]

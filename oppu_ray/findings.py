@@ -200,29 +200,31 @@ def comparisons_of(arms: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _find_set(runs: list[Run], num_resamples: int) -> dict[str, Any]:
+    """Of the first seed's arms, each over the seeds that have it."""
     first = runs[0]
-    metric = main_metric(first.task)
-    common = [arm for arm in first.answers if all(arm in run.answers for run in runs)]
+    metric, arms = main_metric(first.task), list(first.answers)
     comparisons: dict[str, Any] = {}
-    for arm, over in comparisons_of(common):
+    for arm, over in comparisons_of(arms):
         metrics = [metric] if {arm, over} & set(HEURISTIC_ARMS) else [metric, "nll"]
         if not first.answers[arm].keys() & first.answers[over].keys():
             continue
-        comparisons[f"{arm}/{over}"] = {
-            name: _gain_dict(*compare([(run, arm, run, over) for run in runs], name, num_resamples)) for name in metrics
-        } | {"changed": share_changed(first.answers[arm], first.answers[over])}
+        pairs = [(run, arm, run, over) for run in runs if {arm, over} <= run.answers.keys()]
+        comparisons[f"{arm}/{over}"] = {name: _gain_dict(*compare(pairs, name, num_resamples)) for name in metrics} | {
+            "changed": share_changed(first.answers[arm], first.answers[over])
+        }
     found = {
         "task": first.task.name,
         "lamp": first.task.lamp,
         "metric": metric,
         "base": _base(first),
         "seeds": [run.seed for run in runs],
-        "num_users": len({user for user, _ in first.answers[common[0]]}),
-        "num_queries": len(first.answers[common[0]]),
-        "arms": {arm: _mean_scores(runs, arm) for arm in common},
+        "num_users": len({user for user, _ in first.answers[arms[0]]}),
+        "num_queries": len(first.answers[arms[0]]),
+        "arms": {arm: _mean_scores([run for run in runs if arm in run.answers], arm) for arm in arms},
         "comparisons": comparisons,
     }
-    if {"oppu", "task"} <= set(common):
+    if {"oppu", "task"} <= set(arms):
+        runs = [run for run in runs if {"oppu", "task"} <= run.answers.keys()]
         num_items = first.result.get("history", {})
         found["activity"] = _by_bins(runs, metric, num_resamples, {key: num_items.get(key[0]) for key in _keys(runs)})
         found["time"] = _by_bins(runs, metric, num_resamples, _times(first))

@@ -61,12 +61,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite's YAML. Studies run under the first of the `seeds`."""
+    """A suite's YAML. Studies run under the first of the `seeds`, and `seed_overrides` go for all others."""
 
     run_dir: str = "runs/suite"
     data_root: str = ""
     seeds: tuple[int, ...] = (0,)
     overrides: tuple[str, ...] = ()
+    seed_overrides: tuple[str, ...] = ()
     sets: tuple[SuiteSet, ...] = ()
     variants: tuple[Variant, ...] = ()
 
@@ -113,7 +114,8 @@ def _unit(suite: Suite, folder: Path, one: SuiteSet, seed: int, variant: Variant
     top = Path(located(Config(run_dir=suite.run_dir)).run_dir)
     main = f"{one.name}/seed{seed}/{MAIN}"
     place = f"{one.name}/seed{seed}/{variant.study}-{variant.name}" if variant else main
-    overrides = [*suite.overrides, *one.overrides, *(variant.overrides if variant else ())]
+    of_seed = suite.seed_overrides if seed != suite.seeds[0] else ()
+    overrides = [*suite.overrides, *one.overrides, *of_seed, *(variant.overrides if variant else ())]
     config = load_config(folder / one.config, overrides)
     shares = variant is not None and all(override.startswith(PERSONAL_KEYS) for override in variant.overrides)
     data = config.data

@@ -177,11 +177,13 @@ def test_holm_does_not_run_over_the_variants_of_a_claim_about_them_all(tmp_path:
     assert len(activity) == 4 and all(row["p_holm"] == row["gain"]["p"] for row in activity)
 
 
-def test_seeds_are_averaged_query_by_query(tmp_path: Path) -> None:
-    for seed, gain in ((0, 0.2), (1, 0.4)):
-        write_run(tmp_path / f"seed{seed}", {"task": 0.4, "oppu": 0.6}, seed, {"oppu": gain})
+def test_seeds_are_averaged_query_by_query_over_those_that_have_the_arm(tmp_path: Path) -> None:
+    for seed, gain, more in ((0, 0.2, {"rag_k1": 0.5}), (1, 0.4, {})):
+        write_run(tmp_path / f"seed{seed}", {"task": 0.4, "oppu": 0.6, **more}, seed, {"oppu": gain, "rag_k1": 0.1})
     suite = write_suite(tmp_path, [("seed0", "main", ""), ("seed1", "main", "")])
-    nll = found([suite])["sets"]["films"]["comparisons"]["oppu/task"]["nll"]
+    films = found([suite])["sets"]["films"]
+    nll = films["comparisons"]["oppu/task"]["nll"]
+    assert films["comparisons"]["rag_k1/task"]["nll"]["by_seed"] == pytest.approx([0.1])
     assert nll["num_queries"] == 72 and nll["mean"] == pytest.approx(0.3)
     assert nll["by_seed"] == pytest.approx([0.2, 0.4]) and nll["seed_spread"] == pytest.approx(0.1 * 2**0.5)
 

@@ -163,10 +163,12 @@ def test_the_shipped_suites_are_whole(name: str) -> None:
     assert {variant.study for variant in suite.variants} == {study for one in suite.sets for study in one.studies}
 
 
-def test_seeds_come_after_the_studies(tmp_path: Path) -> None:
-    _, units = load_suite(write_suite(tmp_path, seeds=[3, 4]), [])
+def test_seeds_come_after_the_studies_and_may_have_fewer_arms(tmp_path: Path) -> None:
+    seeds = {"seeds": [3, 4], "seed_overrides": ["evaluate.arms=[task, oppu]"]}
+    _, units = load_suite(write_suite(tmp_path, **seeds), [])
     order = [(unit.study, unit.config.seed) for unit in units]
     assert order == [("main", 3), ("amount", 3), ("stages", 3), ("main", 4)]
+    assert len(units[0].config.evaluate.arms) == 6 and units[3].config.evaluate.arms == ("task", "oppu")
 
 
 @pytest.mark.parametrize(
