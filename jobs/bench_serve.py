@@ -3,9 +3,8 @@
     python -m jobs.bench_serve jobs/configs/demo.yaml --repeats 3
 
 Systems: `base_only`, `ours_1`, `ours_8`, `ours_32` (32 rows of one engine wearing no, 1, 8 or 32 adapters, in turn),
-`peft_mixed` (HF PEFT's `generate` with `adapter_names`), `peft_swap` (`set_adapter` and one row at a time), both also
-as `..._tuned` with our settings of the allocator, `vllm_32` and `vllm_base_only` (`jobs/peers/vllm.py`, where its
-interpreter is given). Then users drawn at random from 1 to 2,000
+`peft_mixed` (HF PEFT's `generate` with `adapter_names`), `peft_swap` (`set_adapter` and one row at a time), `vllm_32`
+and `vllm_base_only` (`jobs/peers/vllm.py`, where its interpreter is given). Then users drawn at random from 1 to 2,000
 for 32 slots: `closed_<users>` are 32 clients who ask again when answered, `open_<users>` ask at their own pace,
 at 60 % of the rate of `closed_32`. Adapters come from a vault of 10,000 registered users; `cold` is what a user who is
 not resident waits for beyond a resident one. Prompts are random tokens and no answer ends early.
@@ -55,8 +54,7 @@ def main() -> int:
     parser.add_argument("--run", nargs=2, metavar=("PROCESS", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     if options.run:
-        process = {"ours": run_ours, "peft": run_peft, "peft_tuned": run_peft}[options.run[0]]
-        print(json.dumps(process(options, Path(options.run[1]))))
+        print(json.dumps({"ours": run_ours, "peft": run_peft}[options.run[0]](options, Path(options.run[1]))))
         return 0
     return compare(options)
 
@@ -71,7 +69,7 @@ def compare(options: argparse.Namespace) -> int:
         folder = Path(name)
         write_adapters(options, folder)
         ours = [sys.executable, "-m", "jobs.bench_serve", *sys.argv[1:], "--run"]
-        commands = [[*ours, process, name] for process in ("ours", "peft", "peft_tuned")]
+        commands = [[*ours, "ours", name], [*ours, "peft", name]]
         if options.vllm_python:
             commands.append([options.vllm_python, "-m", "jobs.peers.vllm", str(folder / "vllm.json")])
         else:
@@ -316,16 +314,12 @@ def percentiles(name: str, seconds: list[float]) -> dict[str, float]:
 
 
 def run_peft(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """HF PEFT's own generation, all adapters registered in one model; "peft_tuned" with our allocator's settings."""
+    """HF PEFT's own generation, all adapters registered in one model."""
     import torch
     from peft import PeftModel
 
     from oppu_ray.base_model import load_base
-    from oppu_ray.kernels import keep_freed_memory
 
-    tuned = "_tuned" if options.run[0] == "peft_tuned" else ""
-    if tuned:
-        keep_freed_memory()
     torch.set_num_threads(options.threads)
     model = load_base(open_config(options).base).model
     wrapped = PeftModel.from_pretrained(model, str(folder / "u0"), adapter_name="u0")
@@ -361,14 +355,14 @@ def run_peft(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             generate(ids[i : i + 1], options.new_tokens)
         swapped.append(4 * options.new_tokens / (time.perf_counter() - started))
     return {
-        f"peft_mixed{tuned}": {
+        "peft_mixed": {
             "tokens_per_s": statistics.median(ROWS * options.new_tokens / whole for whole, _ in mixed),
             "decode_tokens_per_s": statistics.median(
                 ROWS * (options.new_tokens - 1) / (whole - first) for whole, first in mixed
             ),
             "answers": answers.tolist(),
         },
-        f"peft_swap{tuned}": {"tokens_per_s": statistics.median(swapped)},
+        "peft_swap": {"tokens_per_s": statistics.median(swapped)},
     }
 
 
@@ -378,7 +372,7 @@ def ratios(rows: dict[str, Any]) -> dict[str, float]:
         "mixed32_vs_base_only": ours["share_of_base_only"],
         "ten_users_a_slot_vs_resident_p95": rows[f"closed_{10 * ROWS}"]["answer_p95_s"] / resident["answer_p95_s"],
     }
-    for system in ("peft_mixed", "peft_mixed_tuned", "peft_swap", "peft_swap_tuned", "vllm_32"):
+    for system in ("peft_mixed", "peft_swap", "vllm_32"):
         for name, key in (("", "tokens_per_s"), ("_decode", "decode_tokens_per_s")):
             if key in rows.get(system, {}):
                 found[f"ours_vs_{system}{name}"] = ours[key] / rows[system][key]
@@ -386,12 +380,12 @@ def ratios(rows: dict[str, Any]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'system':<17}{'tokens/s':>10}{'decoding':>10}"]
+    lines = [f"{'system':<15}{'tokens/s':>10}{'decoding':>10}"]
     clients = [f"{'users':<15}{'answers/s':>10}{'loads':>7}{'first p50':>11}{'p99':>8}{'whole p50':>11}{'p95':>8}"]
     for system, row in result["rows"].items():
         if "tokens_per_s" in row:
             decoding = f"{row['decode_tokens_per_s']:>10.0f}" if "decode_tokens_per_s" in row else ""
-            lines.append(f"{system:<17}{row['tokens_per_s']:>10.0f}{decoding}")
+            lines.append(f"{system:<15}{row['tokens_per_s']:>10.0f}{decoding}")
         elif "answers_per_s" in row:
             clients.append(
                 f"{system:<15}{row['answers_per_s']:>10.1f}{row['num_loads']:>7}"
