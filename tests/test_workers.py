@@ -162,6 +162,7 @@ def test_answers_go_on_without_who_is_forgotten_meanwhile(worker_of: Callable[[s
     for arm, without in (("oppu", "user-1"), ("swapped", "user-0")):  # user-0 would wear what user-1 had
         after = texts(list(worker.answer(USERS, arm, (*USERS[1:], USERS[0]))))
         assert after == [one for one in before[arm] if one[0] != without]
+    assert list(worker.answer(("user-1",), "oppu")) == []
 
 
 def test_a_run_answers_with_its_own_adapters_whatever_is_current(worker_of: Callable[[str], Worker]) -> None:
