@@ -317,10 +317,13 @@ class Worker:
         yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, memories, progress)
 
     def _adapter(self, user_id: str, base: Base) -> AdapterState | None:
-        """The adapter that this run committed for the user, whatever has become current since; None if that is gone."""
-        version = self.vault.registry.unit_version(self.run_id, self.vault.user_hash(user_id))
+        """The adapter that this run committed for the user, whatever has become current since; None if forgotten."""
+        user_hash = self.vault.user_hash(user_id)
+        version = self.vault.registry.unit_version(self.run_id, user_hash)
         if version is None:
-            return None
+            if {entry.action for entry in self.vault.registry.audit_log(user_hash)} & {"forget", "delete_versions"}:
+                return None
+            raise ValueError(f"user {user_id!r}: run {self.run_id} has committed no adapter; run `train` first")
         return self.vault.load(user_id, version, base_fingerprint=base.fingerprint)[0]
 
 

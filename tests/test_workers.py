@@ -144,6 +144,8 @@ def texts(predictions: list[Prediction]) -> list[tuple[str, str, str, float | No
 
 def test_each_arm_answers_with_whose_adapter_it_says(worker_of: Callable[[str], Worker]) -> None:
     worker = worker_of("run")
+    with pytest.raises(ValueError, match="user 'user-0': run run has committed no adapter; run `train` first"):
+        list(worker.answer(USERS, "oppu"))
     list(worker.train(USERS))
     task, oppu_arm = list(worker.answer(USERS, "task")), list(worker.answer(USERS, "oppu"))
     assert [(one.user_id, one.query_id) for one in oppu_arm] == [(u, f"u{u[-1]}-{i}") for u in USERS for i in (3, 4)]
