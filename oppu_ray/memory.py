@@ -39,11 +39,15 @@ class Memory:
         items: The user's past, oldest first.
         retriever: Over these items.
         profile: The user's text profile, or "".
+        first_profiled: In training, the first item whose prompt shows the profile.
     """
 
-    def __init__(self, config: Config, items: Sequence[Item], retriever: Retriever, profile: str) -> None:
+    def __init__(
+        self, config: Config, items: Sequence[Item], retriever: Retriever, profile: str, first_profiled: int = 0
+    ) -> None:
         self._config, self._task = config, get_task(config.task)
-        self._items, self._retriever, self._profile = items, retriever, profile
+        self._items, self._retriever, self._profile = items, retriever, one_line(profile)
+        self._first_profiled = first_profiled
         self._same: defaultdict[str, set[str]] = defaultdict(set)  # what was asked -> the items that asked it
         for item in items:
             if all(getattr(item, field) for field, _ in self._task.inputs):
@@ -59,15 +63,16 @@ class Memory:
         hidden = [self._asked_by(query) for query in queries]
         found = retrieve_past_only(self._retriever, queries, memory.top_k, hidden)
         max_words = memory.max_words if memory.same_construction else CODE_TRAINING_WORDS
+        profiles = [self._profile if place >= self._first_profiled else "" for place in range(len(pairs))]
         return [
-            replace(pair, prompt=self._fill(pair.prompt, hits, max_words))
-            for pair, hits in zip(pairs, found, strict=True)
+            replace(pair, prompt=self._fill(pair.prompt, hits, max_words, profile))
+            for pair, hits, profile in zip(pairs, found, profiles, strict=True)
         ]
 
     def add(self, prompt: Prompt, query_id: str) -> Prompt:
         """For answering: sees the whole past, never the query itself."""
         hits = self.search(prompt, query_id)
-        return self._fill(prompt, hits, self._config.memory.max_words)
+        return self._fill(prompt, hits, self._config.memory.max_words, self._profile)
 
     def search(self, prompt: Prompt, query_id: str) -> list[Hit]:
         """The items that `add` puts in the prompt, best first."""
@@ -78,9 +83,9 @@ class Memory:
     def _asked_by(self, query: str) -> frozenset[str]:
         return frozenset(self._same.get(query, ()))
 
-    def _fill(self, prompt: Prompt, hits: Sequence[Hit], max_words: int) -> Prompt:
+    def _fill(self, prompt: Prompt, hits: Sequence[Hit], max_words: int, profile: str) -> Prompt:
         lines = tuple(memory_line(self._task, self._items[hit.index], max_words) for hit in hits)
-        return replace(prompt, profile=one_line(self._profile), memory=lines)
+        return replace(prompt, profile=profile, memory=lines)
 
 
 def choose_items(config: Config, user: UserHistory) -> UserHistory:
@@ -108,6 +113,11 @@ def choose_items(config: Config, user: UserHistory) -> UserHistory:
     return replace(user, items=tuple(item for item in user.items if item.item_id in kept))
 
 
+def older_half(user: UserHistory) -> UserHistory:
+    """The user with the older half of their items, the smaller one: what a base user's profile is written from."""
+    return replace(user, items=user.items[: len(user.items) // 2])
+
+
 class Memories:
     """Opens users' memories. What is dear to make, item vectors and profiles, is made once and kept in the vault.
 
@@ -127,8 +137,12 @@ class Memories:
         written_by = [self._task.name, memory.profile, config.base.name if memory.profile == "base" else ""]
         self._profile_name = f"profile_{hashlib.sha256(repr(written_by).encode()).hexdigest()[:8]}.json"
 
-    def open(self, user: UserHistory) -> Memory | None:
+    def open(self, user: UserHistory, profiled: UserHistory | None = None) -> Memory | None:
         """The user's memory, or None where prompts are plain.
+
+        Args:
+            profiled: The user with their oldest items alone: the profile is of these, and training shows it to later
+                ones only. By default it is of all and all show it.
 
         Raises:
             ValueError: The embedder gave vectors that are not finite.
@@ -136,7 +150,7 @@ class Memories:
         memory = self._config.memory
         if not memory.name:
             return None
-        self.write_profiles([user])
+        self.write_profiles([profiled or user])
         texts = [memory_line(self._task, item) for item in user.items]
         item_ids = [item.item_id for item in user.items]
         vectors = None
@@ -148,7 +162,8 @@ class Memories:
         kind = memory.retriever if memory.top_k else "recency"  # which costs nothing and is not asked
         retriever = make_retriever(kind, texts, item_ids, self._seed(user), self._embedder, vectors)
         profile = self._stored_profile(user) if memory.with_profile else None
-        return Memory(self._config, user.items, retriever, profile.text if profile else "")
+        first_profiled = len(profiled.items) if profiled else 0
+        return Memory(self._config, user.items, retriever, profile.text if profile else "", first_profiled)
 
     def write_profiles(self, users: Sequence[UserHistory]) -> None:
         """Write and keep the profiles that are missing, or stale: of a history that has changed by a fifth since."""

@@ -4,8 +4,9 @@ In: items, oldest first, of one user. Out: a `Profile`, the text and what it was
 when the history has moved on. Written by a model through a `generate(prompt) -> text` callable (the base model itself,
 or any instruct model), or by a template from counts, which needs no model and never invents.
 
-A reader might question that a profile is written from the whole past, labels included, and is read again in training on
-those same items: so it is in the paper, and the profile never sees a query.
+A reader might question that a target user's profile is written from the whole past, labels included, and is read again
+in training on those same items: so it is in the paper, and the profile never sees a query. Base users, who may have two
+items, are different: theirs is of the older half, and only the newer half shows it (`memory.older_half`).
 """
 
 from __future__ import annotations

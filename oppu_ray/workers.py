@@ -30,7 +30,7 @@ from oppu_ray.config import Config, StudyConfig, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDone, UserHistory, UserWork
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
-from oppu_ray.memory import Memories, Memory, choose_items
+from oppu_ray.memory import Memories, Memory, choose_items, older_half
 from oppu_ray.packing import encode, plan_user, user_seed
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import Index, read_index, read_users
@@ -372,9 +372,11 @@ def encode_base_users(config: Config, base: Base, index: Index, user_ids: Sequen
     if config.memory.name:  # what is made from their histories is kept in the vault
         vault.add_users([user.user_id for user in users])
     memories = Memories(config, vault, profile_writer(config))
-    memories.write_profiles(users)
+    # Whoever has two items would else be told the label to learn: it would be half of the profile.
+    memories.write_profiles([older_half(user) for user in users])
     adapting = replace(config, personal=config.adapt, study=StudyConfig())
-    examples = {user.user_id: encode_user(adapting, user, base, memories.open(user)) for user in users}
+    opened = ((user, memories.open(user, older_half(user))) for user in users)
+    examples = {user.user_id: encode_user(adapting, user, base, memory) for user, memory in opened}
     vault.close()
     return examples
 

@@ -218,6 +218,18 @@ def test_prompts_quote_only_their_own_user_and_only_the_past(spied: dict[str, li
     assert len(with_profile) == 2 * 8 and all("of 3)" in prompt.profile for prompt in with_profile)
 
 
+def test_a_base_users_profile_is_of_items_before_all_that_show_it(spied: dict[str, list[Any]]) -> None:
+    shown = {}
+    for pair in spied["pairs"]:
+        number, place = map(int, re.fullmatch(r"u(\d+)-(\d+)", pair.item_id).groups())  # type: ignore[union-attr]
+        if number >= 8 and pair.prompt.profile:
+            shown.setdefault((number, pair.prompt.profile), set()).add(place)
+    assert len(shown) == 2
+    for (_, profile), places in shown.items():
+        assert "(2 of 2)" in profile or "(1 of 2)" in profile
+        assert min(places) == 2
+
+
 def test_training_and_answering_are_given_the_same_profile_and_room(spied: dict[str, list[Any]]) -> None:
     profiles: dict[str, set[str]] = {}
     for prompt in [pair.prompt for pair in spied["pairs"]] + spied["queries"]:
