@@ -68,6 +68,7 @@ class MemoryConfig:
     Args:
         retriever: bm25 (the paper's), dense, hybrid, recency or random.
         embedder: For dense and hybrid: `embedded:minilm-l6`, a folder, or a sentence-transformers model on the hub.
+        faiss_device: Where dense and hybrid search: cpu, or gpu where FAISS has one.
         profile: Who writes it: "template" (counts, no model), "base" (the base model), or any model's name or folder.
         max_words: Cut for each field of a retrieved item.
         max_tokens: Room for items and profile, on top of `max_length`: the question is cut where it is without them.
@@ -78,6 +79,7 @@ class MemoryConfig:
 
     retriever: str = "bm25"
     embedder: str = "embedded:minilm-l6"
+    faiss_device: str = "cpu"
     profile: str = "template"
     max_words: int = 32
     max_tokens: int = 512

@@ -29,7 +29,7 @@ SMALLEST_GAIN = {"accuracy": 0.02, "mae": 0.05, "rougeL": 0.01, "nll": 0.02}
 """What a gain must be to matter, per metric: two answers in a hundred, a twentieth of a point, 2 % of perplexity."""
 SUPPORTED, NOT_SUPPORTED, TOO_LITTLE = "supported", "not supported", "too little data"
 MAIN, ORDINARY = "main", "ordinary"
-MIN_USERS_PER_BIN = 12  # with fewer, the test over users could hardly find anything: 2 / 2 ** 12 is its least p-value
+MIN_USERS_PER_BIN = 12
 SHORT_TO_LONG = {2: ("short histories", "long histories"), 3: ("short histories", "middle", "long histories")}
 CLAIMS = {
     "personal": "a user's own adapter beats the task-adapted model that all share",
@@ -47,7 +47,7 @@ CLAIMS = {
     "privacy": "it helps where training is private",
     "federated": "it helps on a task adapter that was trained federated",
 }
-"""What the paper's abstract says, claim by claim; the last four go beyond it or are controls of ours."""
+"""What the paper says, claim by claim; `own` and `habits` are controls of ours, the last three go beyond it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[list[Run], list[dict[str, Any]]]
         if path.exists():
             suite = _read_json(path)
             suites.append(suite)
-            done = [unit for unit in suite["units"] if (folder / unit["folder"] / "evaluate" / "result.json").exists()]
+            done = [unit for unit in suite["units"] if unit["state"] == "done"]
             runs += [_load_run(folder / u["folder"], u["set"], u["study"], u["variant"]) for u in done]
         else:
             runs.append(_load_run(folder, folder.resolve().name, MAIN, ""))
@@ -162,9 +162,11 @@ def find(runs: Sequence[Run], suites: Sequence[dict[str, Any]], num_resamples: i
             if run.variant not in variants:
                 same = [other for other in group if (other.study, other.variant) == (run.study, run.variant)]
                 variants[run.variant] = _find_variant(same, reference, num_resamples)
-    for study in studies.values():
+    for kind, study in studies.items():
         for name, variants in study.items():
-            study[name] = {ORDINARY: _find_variant(mains[name], mains[name], num_resamples), **variants}
+            seeds = {run.seed for run in by_set[name] if run.study == kind}
+            same = [run for run in mains[name] if run.seed in seeds]
+            study[name] = {ORDINARY: _find_variant(same, same, num_resamples), **variants}
     findings = {"sets": sets, "studies": studies, "cost": _cost(suites)}
     return {**findings, "claims": _claims(findings), "hardware": runs[0].result["hardware"]}
 
@@ -227,7 +229,7 @@ def _find_set(runs: list[Run], num_resamples: int) -> dict[str, Any]:
         runs = [run for run in runs if {"oppu", "task"} <= run.answers.keys()]
         num_items = first.result.get("history", {})
         found["activity"] = _by_bins(runs, metric, num_resamples, {key: num_items.get(key[0]) for key in _keys(runs)})
-        found["time"] = _by_bins(runs, metric, num_resamples, _times(first))
+        found["time"] = _by_bins(runs, metric, num_resamples, _times(first) if first.result.get("has_times") else {})
         found["concentration"] = _concentration(runs, metric)
     return found
 
@@ -261,13 +263,16 @@ def _times(run: Run) -> dict[Key, float | None]:
 def _by_bins(
     runs: list[Run], metric: str, num_resamples: int, value_of: dict[Key, float | None]
 ) -> list[dict[str, Any]]:
-    """OPPU's gain in two or three bins of equal numbers of queries, by a value of theirs; [] where all are in one."""
+    """OPPU's gain in two or three bins of equal numbers of queries, by a value of theirs.
+
+    [] where all are in one bin, or few users in one: with 6 of them 2 / 2 ** 6 is the least p-value there is.
+    """
     values = sorted(value for value in value_of.values() if value is not None)
     num_bins = 3 if len({user_id for user_id, _ in value_of}) >= 3 * MIN_USERS_PER_BIN else 2
     edges = sorted({values[len(values) * part // num_bins] for part in range(num_bins)}) if values else []
     if len(edges) < 2:
         return []
-    bins = []
+    bins: list[dict[str, Any]] = []
     for low, after in zip(edges, [*edges[1:], np.inf], strict=True):
         keys = {key for key, value in value_of.items() if value is not None and low <= value < after}
         inside = [_restrict(run, keys) for run in runs]
@@ -280,7 +285,7 @@ def _by_bins(
                 for name in (metric, "nll")
             }
         )
-    return bins
+    return bins if all(part["nll"]["num_users"] >= MIN_USERS_PER_BIN for part in bins) else []
 
 
 def _restrict(run: Run, keys: set[Key]) -> Run:
@@ -316,7 +321,8 @@ def _find_variant(runs: list[Run], mains: list[Run], num_resamples: int) -> dict
 def _adapter_cost(run: Run) -> dict[str, float | None]:
     path = run.folder / "train" / "result.json"
     trained = _read_json(path) if path.exists() else {}
-    rate = trained.get("users_per_hour")
+    # Of a run that was stopped and went on, the last part's time says little.
+    rate = trained.get("users_per_hour") if trained.get("num_trained") == trained.get("num_done") else None
     return {"adapter_bytes": trained.get("adapter_bytes"), "s_per_user": 3600 / rate if rate else None}
 
 
@@ -356,7 +362,7 @@ def _claims(findings: dict[str, Any]) -> list[dict[str, Any]]:
             for row, adjusted in zip(family, holm([row["gain"][key] for row in family]), strict=True):
                 row[f"{key}_holm"] = adjusted
         for row in family:
-            row |= verdict(row["gain"], row["metric"], row["p_holm"], row["by_user_p_holm"])
+            row |= verdict(row["gain"], row["metric"], row["p_holm"], row["by_user_p_holm"], len(family))
     order = {claim: number for number, claim in enumerate(CLAIMS)}
     return sorted(rows, key=lambda row: order.get(row["claim"], len(order)))
 
@@ -376,20 +382,25 @@ def claim_of(arm: str, over: str) -> str | None:
     return ("with_pag" if "pag" in arm else "with_rag") if is_own else None
 
 
-def verdict(gain: dict[str, Any], metric: str, p: float, by_user_p: float) -> dict[str, Any]:
-    """Supported, not supported or too little data, and then the queries that would show the gain at 80 % power.
+def verdict(gain: dict[str, Any], metric: str, p: float, by_user_p: float, num_tests: int) -> dict[str, Any]:
+    """Supported, not supported or too little data, and then the queries with which both tests would likely hold.
 
     Args:
         gain: As `statistics.Gain`.
         p, by_user_p: Corrected over the claim's family.
+        num_tests: Size of the family: the level of Holm's first step is LEVEL by it.
     """
     smallest = SMALLEST_GAIN[metric]
     is_up = gain["mean"] > 0 and gain["by_user_mean"] > 0
     if is_up and p < LEVEL and by_user_p < LEVEL:
         return {"verdict": SUPPORTED, "num_needed": None}
-    if max(gain["high"], gain["by_user_high"]) < smallest or max(gain["high"], gain["by_user_high"]) <= 0:
+    if max(gain["high"], gain["by_user_high"]) < smallest:
         return {"verdict": NOT_SUPPORTED, "num_needed": None}
-    return {"verdict": TOO_LITTLE, "num_needed": num_needed(max(gain["mean"], smallest), gain["sd"])}
+    level = LEVEL / num_tests
+    queries = num_needed(max(gain["mean"], smallest), gain["sd"], level)
+    users = num_needed(max(gain["by_user_mean"], smallest), gain["by_user_sd"], level)
+    per_user = gain["num_queries"] / gain["num_users"]
+    return {"verdict": TOO_LITTLE, "num_needed": max(queries, round(users * per_user))}
 
 
 # --- cost

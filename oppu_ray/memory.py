@@ -160,7 +160,8 @@ class Memories:
             if kept is not stored:
                 self._keep(user.user_id, VECTORS_NAME, kept)
         kind = memory.retriever if memory.top_k else "recency"  # which costs nothing and is not asked
-        retriever = make_retriever(kind, texts, item_ids, self._seed(user), self._embedder, vectors)
+        seed, device = self._seed(user), memory.faiss_device
+        retriever = make_retriever(kind, texts, item_ids, seed, self._embedder, vectors, device)
         profile = self._stored_profile(user) if memory.with_profile else None
         first_profiled = len(profiled.items) if profiled else 0
         return Memory(self._config, user.items, retriever, profile.text if profile else "", first_profiled)

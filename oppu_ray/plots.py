@@ -6,8 +6,9 @@ A reader might question pictures of intervals only, no bars: a gain without its 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -69,9 +70,10 @@ def concentration_curves(curves: dict[str, list[float]]) -> bytes:
     with pyplot.rc_context(_STYLE):
         figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
         axis.plot([0, 1], [0, 1], color="#9ca3af", linewidth=0.8, linestyle="--")
-        for (name, curve), colour in zip(sorted(curves.items()), _colours(), strict=False):
+        colours = _colours(curves)
+        for name, curve in sorted(curves.items()):
             shares = [0, *((place + 1) / len(curve) for place in range(len(curve)))]
-            axis.plot(shares, [0, *curve], color=colour, linewidth=1.6, label=name)
+            axis.plot(shares, [0, *curve], color=colours[name], linewidth=1.6, label=name)
         axis.set_ylim(0, min(2.0, 0.1 + max(max(curve) for curve in curves.values())))
         axis.set(xlabel="share of users, those who gain most first", ylabel="share of the summed gain in likelihood")
         axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
@@ -83,28 +85,33 @@ def bin_lines(panels: Sequence[tuple[str, dict[str, list[dict[str, Any]]], tuple
     with pyplot.rc_context(_STYLE):
         size = (PAGE_INCHES if len(panels) > 1 else 6.4, 3.8)
         figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        colours, lines = _colours(name for _, of_sets, _ in panels for name in of_sets), dict[str, Any]()
         for axis, (title, of_sets, names) in zip(axes.flat, panels, strict=True):
             axis.axhline(0, color="#9ca3af", linewidth=0.8)
-            for shift, ((name, bins), colour) in enumerate(zip(sorted(of_sets.items()), _colours(), strict=False)):
+            for shift, (name, bins) in enumerate(sorted(of_sets.items())):
                 places = [place / (len(bins) - 1) + 0.015 * (shift - len(of_sets) / 2) for place in range(len(bins))]
                 means = [part["nll"]["mean"] for part in bins]
                 spans = [
                     [part["nll"]["mean"] - part["nll"]["low"] for part in bins],
                     [part["nll"]["high"] - part["nll"]["mean"] for part in bins],
                 ]
-                axis.errorbar(
-                    places, means, yerr=spans, color=colour, linewidth=1.4, elinewidth=0.8, marker="o", markersize=3.5,
-                    label=name,
+                lines[name] = axis.errorbar(
+                    places, means, yerr=spans, color=colours[name], linewidth=1.4, elinewidth=0.8, marker="o",
+                    markersize=3.5,
                 )  # fmt: skip
             axis.set_xticks([0, 1], names)
             axis.set_title(title, loc="left")
             axis.set_ylabel("gain, nats per token")
-        axes.flat[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.flat[-1].legend(
+            [lines[name] for name in colours], [*colours], frameon=False, fontsize=8, loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )  # fmt: skip
         return _png(figure)
 
 
-def _colours() -> list[str]:
-    return [*LINES] * 4
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, the same in all panels of a picture."""
+    return dict(zip(sorted(set(names)), cycle(LINES), strict=False))
 
 
 def _png(figure: Figure) -> bytes:

@@ -19,7 +19,17 @@ from typing import Any
 from oppu_ray import plots
 from oppu_ray.evaluation import HEURISTIC_ARMS, explain, parse_arm
 from oppu_ray.files import write_atomic
-from oppu_ray.findings import CLAIMS, NOT_SUPPORTED, ORDINARY, SMALLEST_GAIN, SUPPORTED, TOO_LITTLE, find, load_runs
+from oppu_ray.findings import (
+    CLAIMS,
+    MIN_USERS_PER_BIN,
+    NOT_SUPPORTED,
+    ORDINARY,
+    SMALLEST_GAIN,
+    SUPPORTED,
+    TOO_LITTLE,
+    find,
+    load_runs,
+)
 from oppu_ray.plots import CONTROL, HABIT, OWN, SHARED, UNITS, Row
 
 NUM_RESAMPLES = 10_000
@@ -127,9 +137,9 @@ def _rules() -> str:
     return (
         "A cell counts sets (or sets and variants). Supported: the mean gain is positive over queries and over users, "
         "and both paired sign-flip tests are significant at 5 % after Holm's correction over the sets. Not "
-        f"supported: both 95 % intervals end below the smallest gain that matters ({smallest}), or below zero. "
-        "Everything else is too little data, with the queries that would show the gain at 80 % power. Of two p-values "
-        "the first is over queries, the second over users."
+        f"supported: both 95 % intervals end below the smallest gain that matters ({smallest}). Everything else is too "
+        "little data, with the queries that would show such a gain in both tests, each with 80 % power at the level of "
+        "Holm's first step. Of two p-values the first is over queries, the second over users."
     )
 
 
@@ -236,8 +246,7 @@ def _beside(findings: dict[str, Any]) -> list[Block]:
             rerun, paper, stage = BESIDE[found["lamp"]]
             gain = found["comparisons"].get("oppu/task", {}).get(found["metric"])
             ours = _interval(gain["mean"], gain["low"], gain["high"]) if gain else "-"
-            retrieved = next((pair for pair in found["comparisons"] if pair.startswith("oppu_k")), "")
-            over = found["comparisons"].get(retrieved, {}).get(found["metric"])
+            over = found["comparisons"].get("oppu_k1/rag_k1", {}).get(found["metric"])
             ours_rag = _interval(over["mean"], over["low"], over["high"]) if over else "-"
             label = f"{found['lamp']}: {name}, {UNITS[found['metric']]}"
             rows.append((label, ours, ours_rag, rerun, paper or "-", stage or "-"))
@@ -266,9 +275,11 @@ def _who_gains(sets: dict[str, Any], pictures: dict[str, bytes]) -> list[Block]:
         panels.append(("by time since the history ends", times, ("first queries", "last")))
     if panels:
         pictures["bins.png"] = plots.bin_lines(panels)
-        blocks.append(
-            Block("picture", "Gain in likelihood by length of history and by age of the adapter", name="bins.png")
+        text = (
+            "Gain in likelihood by length of history and by age of the adapter; only sets that have at least "
+            f"{MIN_USERS_PER_BIN} users in every bin, and, for age, times"
         )
+        blocks.append(Block("picture", text, name="bins.png"))
     if activity:
         rows = [
             (name, f"{part['low']} to {part['high']}", f"{part['nll']['num_users']}, {part['nll']['num_queries']}",
@@ -276,7 +287,7 @@ def _who_gains(sets: dict[str, Any], pictures: dict[str, bytes]) -> list[Block]:
             for name, bins in activity.items()
             for part in bins
         ]  # fmt: skip
-        head = ("set", "items of history", "users, queries", "gain in the metric", "gain in nats per token")
+        head = ("set", "items learnt from", "users, queries", "gain in the metric", "gain in nats per token")
         blocks.append(Block("table", head=head, rows=tuple(rows)))
     if curves:
         pictures["concentration.png"] = plots.concentration_curves(curves)
@@ -341,10 +352,12 @@ def reasons(row: dict[str, Any], found: dict[str, Any], claims: list[dict[str, A
     nll = main["nll"]
     if verdicts.get(("personal", "nll")) == SUPPORTED:
         moved = main["changed"] >= 0.25
-        so = "the answers it changes come no nearer to the person's" if moved else "seldom the most likely answer"
-        said.append(f"It does predict the person better ({nll['mean']:+.3f} nats per token): probabilities move, {so}.")
-    elif nll["mean"] < 0:
-        said.append(f"Likelihood falls, too ({nll['mean']:+.3f}): it learns its few items by heart.")
+        said.append(f"It does predict the person better ({nll['mean']:+.3f} nats per token).")
+        if gain["mean"] <= 0:
+            so = "the answers it changes come no nearer to the person's" if moved else "seldom the most likely answer"
+            said.append(f"Probabilities move, {so}.")
+    elif nll["high"] < 0:
+        said.append(f"Likelihood falls ({nll['mean']:+.3f}): it learns its few items by heart.")
     if verdicts.get(("own", "nll")) not in (SUPPORTED, None):
         over = comparisons["oppu/swapped"]["nll"]
         said.append(
@@ -398,7 +411,7 @@ def _method(findings: dict[str, Any], bases: list[str]) -> list[Block]:
         texts.append(
             f"Time: {_duration(cost['elapsed_s'])} in all. Every arm and variant on its own, each with its own task "
             f"adapter and personal adapters, would take {_duration(cost['unshared_s'])}: sharing saved "
-            f"{cost['saved_share']:.0%}."
+            f"{cost['saved_share']:.0%}. A stage that was killed counts from its last start."
         )
     return [Block("text", text) for text in texts]
 

@@ -103,8 +103,9 @@ def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
 
 def _make_task_base(config: Config, index: Index, base: Base, target: Path, rounds: Path) -> dict[str, Any]:
     """Train the task adapter and merge it into `target`, where that is not done; what the result says of it."""
+    was_done = target.exists()
     if config.federated.num_shards:
-        if not target.exists():
+        if not was_done:
             with progress_bar(
                 "federated rounds", config.federated.num_rounds, "round", _folder(config, ""), "adapt"
             ) as progress:
@@ -113,9 +114,9 @@ def _make_task_base(config: Config, index: Index, base: Base, target: Path, roun
         drop_states(rounds)
         summary = summarise_rounds(config, index, rounds)
         print(format_summary(summary))
-        return {"federated": summary}
-    if target.exists():
-        return {}
+        return {"federated": summary, "was_done": was_done}
+    if was_done:
+        return {"was_done": was_done}
     trained = _train_task_adapter(config, index, base)
     if trained.adapter is None:
         raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
@@ -182,6 +183,7 @@ def _train(config: Config) -> dict[str, Any]:
         result |= {
             "num_done": num_done,
             "num_trained": num_trained,
+            "was_done": not num_trained,
             "num_failed": len(failed),
             "num_to_retry": num_to_retry,
             "failed": failed,
@@ -263,7 +265,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         predictions.sort(key=lambda prediction: (order[prediction.arm], prediction.user_id))
         result["fingerprints"] |= {"histories": index.fingerprint, "run": plans[config.memory][2]}
         result["fingerprints"]["evaluations"] = evaluation_ids
+        result["was_done"] = total == 0
         result["history"] = {user_id: index.entries[user_id].size.num_items for user_id in user_ids}
+        (first,) = read_users(_folder(config, "prepare"), index, user_ids[:1])
+        result["has_times"] = first.queries[0].time is not None
         result |= summarise(task, predictions, config.evaluate.num_bootstrap, config.seed)
         print(format_table(task, result))
     return result

@@ -31,6 +31,7 @@ class Gain:
         num_queries, num_users: What was compared.
         sd: Standard deviation of one query's gain such that `sd / sqrt(num_queries)` is the standard error of `mean`
             with users as the sampling unit: the plain one for one query a user, larger where a user's queries agree.
+        by_user_sd: Standard deviation of the users' means; 0 of one user.
         top_share: Share of the summed gain that the tenth of the users with the largest sums holds (at least one user);
             above 1 where others lose; None where there is no gain to share.
     """
@@ -43,6 +44,7 @@ class Gain:
     by_user_low: float
     by_user_high: float
     by_user_p: float
+    by_user_sd: float
     num_queries: int
     num_users: int
     sd: float
@@ -77,6 +79,7 @@ def paired_gain(gain_Q: np.ndarray, users: Sequence[str], num_resamples: int, se
         by_user_low=user_low,
         by_user_high=user_high,
         by_user_p=sign_flip_p(gain_U, num_resamples, seed),
+        by_user_sd=float(gain_U.std(ddof=1)) if len(gain_U) > 1 else 0.0,
         num_queries=len(gain_Q),
         num_users=len(sum_U),
         sd=float(np.sqrt((residual**2).sum() / len(gain_Q) * len(residual) / max(1, len(residual) - 1))),
@@ -125,8 +128,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def num_needed(gain: float, sd: float) -> int:
-    """Queries for which a two-sided test at LEVEL finds a mean gain of `gain` with probability POWER (normal theory).
+def num_needed(gain: float, sd: float, level: float = LEVEL) -> int:
+    """Values for which a two-sided test at `level` finds a mean of `gain` with probability POWER (normal theory).
 
     Raises:
         ValueError: `gain` is not positive.
@@ -134,7 +137,7 @@ def num_needed(gain: float, sd: float) -> int:
     if gain <= 0:
         raise ValueError(f"expected a gain above 0 to look for, got {gain}")
     normal = NormalDist()
-    return max(2, math.ceil(((normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * sd / gain) ** 2))
+    return max(2, math.ceil(((normal.inv_cdf(1 - level / 2) + normal.inv_cdf(POWER)) * sd / gain) ** 2))
 
 
 def concentration(sum_U: np.ndarray) -> np.ndarray | None:

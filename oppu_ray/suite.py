@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,14 @@ def run_suite(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def is_done(unit: Unit) -> bool:
-    """Whether the unit was evaluated with this very config, whatever the number of workers."""
+    """Whether the unit was evaluated with this very config, whatever the number of workers, and nobody is left out
+    who may be trained next time.
+    """
     found = _evaluated(unit).get("config", {})
     wanted = json.loads(json.dumps(to_dict(unit.config)))
-    return {**found, "workers": None} == {**wanted, "workers": None}
+    trained = [json.loads(path.read_text()) for path in Path(unit.config.run_dir).glob("train/**/result.json")]
+    is_whole = not any(result["num_to_retry"] for result in trained)
+    return is_whole and {**found, "workers": None} == {**wanted, "workers": None}
 
 
 def _evaluated(unit: Unit) -> dict[str, Any]:
@@ -173,43 +178,44 @@ def _evaluated(unit: Unit) -> dict[str, Any]:
 
 def run_unit(unit: Unit, top: Path) -> int:
     """The stages of one unit, all or those that its main run has not done for it; how many users failed for now."""
-    config, folder = unit.config, Path(unit.config.run_dir)
+    folder = Path(unit.config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if unit.main:
         for name in ("prepare", "adapt"):
             if not (folder / name).exists():
                 (folder / name).symlink_to(Path("..") / MAIN / name)
     else:
-        stages.prepare(config)
-        _record(unit, top, "prepare")
-        stages.adapt(config)
-        _record(unit, top, "adapt")
-    trained = stages.train(config)
-    _record(unit, top, "train")
-    stages.evaluate(config)
-    _record(unit, top, "evaluate")
+        _timed(stages.prepare, unit, top)
+        _timed(stages.adapt, unit, top)
+    trained = _timed(stages.train, unit, top)
+    _timed(stages.evaluate, unit, top)
     return int(trained["num_to_retry"])
 
 
-def _record(unit: Unit, top: Path, stage: str) -> None:
-    """Add what a stage has just taken, by kind of prompt ("adapt", "adapt/k1"), to `times.jsonl`.
+def _timed(stage: Callable[[Config], dict[str, Any]], unit: Unit, top: Path) -> dict[str, Any]:
+    """Run a stage and add what it took, by kind of prompt ("adapt", "adapt/k1"), to `times.jsonl`.
 
     A stage that found its work done adds nothing; the time of one that was killed is lost.
     """
-    folder = Path(unit.config.run_dir)
+    folder, started = Path(unit.config.run_dir), time.time()
+    result = stage(unit.config)
     with (top / TIMES_NAME).open("a", encoding="utf-8") as file:
-        for path in sorted((folder / stage).rglob("result.json")):
-            result = json.loads(path.read_text())
-            if {"adapt": "losses" in result, "train": result.get("num_trained", 0) > 0}.get(stage, True):
+        for path in sorted((folder / result["command"]).rglob("result.json")):
+            found = json.loads(path.read_text())
+            if path.stat().st_mtime >= started and not found.get("was_done"):
                 what = str(path.parent.relative_to(folder))
-                file.write(json.dumps({"folder": unit.folder, "what": what, "elapsed_s": result["elapsed_s"]}) + "\n")
+                file.write(json.dumps({"folder": unit.folder, "what": what, "elapsed_s": found["elapsed_s"]}) + "\n")
+    return result
 
 
 def _write_result(suite: Suite, units: list[Unit], top: Path, failed: dict[str, str]) -> None:
     times: dict[str, dict[str, float]] = {unit.folder: {} for unit in units}
     if (top / TIMES_NAME).exists():
         for line in (top / TIMES_NAME).read_text().splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # killed while it was written
             of_unit = times.setdefault(entry["folder"], {})
             of_unit[entry["what"]] = of_unit.get(entry["what"], 0.0) + entry["elapsed_s"]
     listed = [
@@ -244,7 +250,7 @@ def _alone(unit: Unit, times: dict[str, dict[str, float]]) -> float:
     own, shared = times[unit.folder], times[unit.main or unit.folder]
     if not is_done(unit):
         return sum(own.values())  # it has saved nothing yet
-    seconds = own["evaluate"]
+    seconds = own.get("evaluate", 0.0)
     for name in _evaluated(unit)["arms"]:
         arm = parse_arm(name)
         kind = dataclasses.replace(unit.config.memory, top_k=arm.top_k, with_profile=arm.with_profile).name

@@ -48,6 +48,7 @@ def write_run(
         "fingerprints": {"evaluations": {arm: arm for arm in right}},
         "hardware": {"gpu": None, "cpu": "a CPU", "num_cores": 2},
         "history": {f"u{user}": 10 * (user + 1) for user in range(NUM_USERS)},
+        "has_times": True,
         **result,
     }
     (folder / "evaluate" / "result.json").write_text(json.dumps(values))
@@ -55,8 +56,17 @@ def write_run(
 
 
 def write_suite(folder: Path, units: list[tuple[str, str, str]]) -> Path:
-    """A suite's result.json over (folder, study, variant) units of the set "films"."""
-    listed = [{"folder": place, "set": "films", "study": study, "variant": name} for place, study, name in units]
+    """A suite's result.json over (folder, study, variant) units of the set "films"; what "to_do" names is not done."""
+    listed = [
+        {
+            "folder": place,
+            "set": "films",
+            "study": study,
+            "variant": name,
+            "state": "to do" if "to_do" in place else "done",
+        }
+        for place, study, name in units
+    ]
     cost = {"elapsed_s": 30.0, "unshared_s": 120.0}
     (folder / "result.json").write_text(json.dumps({"command": "suite", "units": listed, "cost": cost}))
     return folder
@@ -99,7 +109,7 @@ def test_comparisons_speak_to_claims(arm: str, over: str, claim: str | None) -> 
 
 def a_gain(mean: float, half: float, **changes: float) -> dict[str, Any]:
     values = {"mean": mean, "low": mean - half, "high": mean + half, "by_user_mean": mean, "by_user_high": mean + half}
-    return {**values, "sd": 1.0, "num_queries": 100, **changes}
+    return {**values, "sd": 1.0, "by_user_sd": 0.1, "num_queries": 100, "num_users": 20, **changes}
 
 
 @pytest.mark.parametrize(
@@ -111,14 +121,20 @@ def a_gain(mean: float, half: float, **changes: float) -> dict[str, Any]:
         (a_gain(0.001, 0.015), 0.9, 0.9, NOT_SUPPORTED, None),  # rules out the .02 that would matter
         (a_gain(0.001, 0.03), 0.9, 0.9, TOO_LITTLE, 19623),  # does not: what would show .02
         (a_gain(-0.1, 0.05), 0.01, 0.01, NOT_SUPPORTED, None),
-        (a_gain(0.1, 0.05, by_user_mean=-0.1), 0.01, 0.01, TOO_LITTLE, 785),
+        (a_gain(0.1, 0.05, by_user_mean=-0.1), 0.01, 0.01, TOO_LITTLE, 985),
         (a_gain(0.001, 0.015, by_user_high=0.2), 0.9, 0.9, TOO_LITTLE, 19623),
+        (a_gain(0.1, 0.05, by_user_sd=0.5), 0.01, 0.06, TOO_LITTLE, 197 * 5),  # 197 users with 5 queries each
     ],
 )
 def test_a_verdict_needs_queries_and_users(
     gain: dict[str, Any], p: float, by_user_p: float, said: str, num_needed: int | None
 ) -> None:
-    assert verdict(gain, "accuracy", p, by_user_p) == {"verdict": said, "num_needed": num_needed}
+    assert verdict(gain, "accuracy", p, by_user_p, 1) == {"verdict": said, "num_needed": num_needed}
+
+
+def test_more_sets_need_more_queries_each() -> None:
+    one, nine = (verdict(a_gain(0.1, 0.05), "accuracy", 0.2, 0.2, num)["num_needed"] for num in (1, 9))
+    assert (one, nine) == (785, 1307)  # (2.773 + 0.8416)^2 / .01: the level is .05 / 9
 
 
 def test_a_clear_gain_is_supported_and_none_is_not(tmp_path: Path) -> None:
@@ -147,7 +163,8 @@ def test_holm_runs_over_the_sets_of_one_claim_and_measure(tmp_path: Path) -> Non
         assert len(family) == 3 and smallest["p_holm"] == pytest.approx(min(1.0, 3 * smallest["gain"]["p"]))
 
 
-def test_bins_by_history_and_by_time_hold_every_query_once(tmp_path: Path) -> None:
+def test_bins_by_history_and_by_time_hold_every_query_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oppu_ray.findings.MIN_USERS_PER_BIN", 6)
     films = found([write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6})])["sets"]["films"]
     assert [(part["low"], part["high"]) for part in films["activity"]] == [(10, 60), (70, 120)]
     assert [part["nll"]["num_users"] for part in films["activity"]] == [6, 6]
@@ -171,7 +188,15 @@ def test_histories_unknown_or_all_of_one_length_make_no_bins(tmp_path: Path, his
     assert findings["sets"]["films"]["activity"] == [] == rows(findings, "activity")
 
 
-def test_holm_does_not_run_over_the_variants_of_a_claim_about_them_all(tmp_path: Path) -> None:
+def test_few_users_make_no_bins_and_what_has_no_times_is_not_cut_by_time(tmp_path: Path) -> None:
+    films = found([write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6}, has_times=False)])["sets"]["films"]
+    assert films["activity"] == [] and films["time"] == []  # 6 users in either of two bins
+
+
+def test_holm_does_not_run_over_the_variants_of_a_claim_about_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oppu_ray.findings.MIN_USERS_PER_BIN", 6)
     findings = found([write_run(tmp_path / "films", {"task": 0.4, "oppu": 0.6}, shift={"oppu": 0.1})])
     activity = rows(findings, "activity")
     assert len(activity) == 4 and all(row["p_holm"] == row["gain"]["p"] for row in activity)
@@ -192,7 +217,9 @@ def test_a_variant_is_held_against_the_main_runs_shared_model(tmp_path: Path) ->
     write_run(tmp_path / "main", {"task": 0.3, "oppu": 0.8}, shift={"oppu": 0.5})
     ia3 = write_run(tmp_path / "ia3", {"oppu": 0.3}, shift={"oppu": 0.1})
     (ia3 / "train").mkdir()
-    (ia3 / "train" / "result.json").write_text(json.dumps({"users_per_hour": 1800.0, "adapter_bytes": 1e5}))
+    trained = {"users_per_hour": 1800.0, "adapter_bytes": 1e5, "num_trained": 12, "num_done": 12}
+    (ia3 / "train" / "result.json").write_text(json.dumps(trained))
+    write_run(tmp_path / "to_do", {"oppu": 0.3})  # made with another config
     units = [("main", "main", ""), ("ia3", "peft_methods", "ia3"), ("to_do", "peft_methods", "prompt")]
     findings = found([write_suite(tmp_path, units)])
     variants = findings["studies"]["peft_methods"]["films"]
@@ -203,6 +230,18 @@ def test_a_variant_is_held_against_the_main_runs_shared_model(tmp_path: Path) ->
     assert (variants["ia3"]["adapter_bytes"], variants["ia3"]["s_per_user"]) == (1e5, 2.0)
     assert {row["variant"] for row in rows(findings, "peft_methods")} == {"ia3"}
     assert findings["cost"] == {"elapsed_s": 30.0, "unshared_s": 120.0, "saved_share": 0.75}
+    (ia3 / "train" / "result.json").write_text(json.dumps({**trained, "num_trained": 3}))  # went on after a kill
+    assert found([tmp_path])["studies"]["peft_methods"]["films"]["ia3"]["s_per_user"] is None
+
+
+def test_the_ordinary_row_has_the_seeds_of_its_variants(tmp_path: Path) -> None:
+    for seed, gain in ((0, 0.2), (1, 0.4)):
+        write_run(tmp_path / f"seed{seed}", {"task": 0.4, "oppu": 0.6}, seed, {"oppu": gain})
+    write_run(tmp_path / "ia3", {"oppu": 0.3}, shift={"oppu": 0.1})
+    units = [("seed0", "main", ""), ("seed1", "main", ""), ("ia3", "peft_methods", "ia3")]
+    findings = found([write_suite(tmp_path, units)])
+    assert findings["studies"]["peft_methods"]["films"]["ordinary"]["nll"]["by_seed"] == pytest.approx([0.2])
+    assert findings["sets"]["films"]["comparisons"]["oppu/task"]["nll"]["mean"] == pytest.approx(0.3)
 
 
 def test_a_variant_with_a_shared_model_of_its_own_is_held_against_that(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from oppu_ray.config import Config, MemoryConfig, StudyConfig, TaskConfig, from_
 from oppu_ray.core import Item, Prompt, UserHistory
 from oppu_ray.memory import Memories, Memory, choose_items
 from oppu_ray.pairs import make_pairs
-from oppu_ray.retrieval import KINDS, vectors_from_bytes
+from oppu_ray.retrieval import KINDS, choose_faiss_device, vectors_from_bytes
 from oppu_ray.tasks import get_task, make_prompt, render_prompt
 from oppu_ray.vault import Vault
 
@@ -215,6 +215,16 @@ def test_vectors_are_made_once_and_made_anew_when_they_cannot_be_trusted(
     stored = vault.get_blob("ann", "vectors.safetensors")
     assert stored is not None and vectors_from_bytes(stored, "letters-2")[0].shape == (8, 12)
     assert "ann" not in caplog.text
+
+
+def test_the_device_that_faiss_searches_on_is_a_key(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "load_embedder", lambda name: Letters())
+    choose_faiss_device.cache_clear()
+    Memories(config_of(retriever="dense", faiss_device="gpu"), vault, no_model).open(user("ann"))
+    assert "sees no GPU: searching on the CPU" in caplog.text
+    choose_faiss_device.cache_clear()
 
 
 def test_what_is_made_of_a_user_who_was_forgotten_meanwhile_is_not_kept(

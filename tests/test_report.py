@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from browser import browser
+from matplotlib.axes import Axes
 from test_findings import write_run, write_suite
 
+from oppu_ray import plots
 from oppu_ray import report as report_module
 from oppu_ray.cli import main
 from oppu_ray.report import Block, reasons, report, to_html, to_markdown
@@ -52,6 +54,27 @@ def test_everything_is_in_one_folder(page: Path) -> None:
     pictures = {"gains.png", "arms.png", "bins.png", "concentration.png", "peft_methods.png"}
     assert names == {"index.html", "report.md", "result.json", *pictures}
     assert all((page / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_beside_the_paper_stands_the_own_adapter_over_the_same_retrieval(page: Path) -> None:
+    gain = json.loads((page / "result.json").read_text())["sets"]["films"]["comparisons"]["oppu_k1/rag_k1"]["accuracy"]
+    (line,) = [line for line in (page / "report.md").read_text().splitlines() if line.startswith("| LaMP-2M: films")]
+    assert line.split(" | ")[2].startswith(f"+{gain['mean']:.3f}".replace("0.", "."))
+
+
+def test_a_set_has_one_colour_in_all_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, str]] = []
+    errorbar = Axes.errorbar
+
+    def spy(axis: Axes, places: Any, means: list[float], **style: Any) -> Any:
+        drawn.append((means[0], style["color"]))
+        return errorbar(axis, places, means, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    bins = {name: [{"nll": {"mean": mean, "low": 0.0, "high": 1.0}}] * 2 for name, mean in (("a", 0.1), ("b", 0.2))}
+    plots.bin_lines([("one", {"b": bins["b"]}, ("x", "y")), ("all", bins, ("x", "y"))])
+    colours = dict(drawn)
+    assert len(drawn) == 3 and set(drawn) == set(colours.items()) and len(set(colours.values())) == 2
 
 
 def test_the_result_says_what_the_page_says(page: Path) -> None:
@@ -108,7 +131,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def figures(nll: float = 0.0, swapped: float = 0.1, user: float = 0.6) -> dict[str, Any]:
-    task = {"nll": {"mean": nll}, "changed": 0.07}
+    task = {"nll": {"mean": nll, "high": nll + 0.05}, "changed": 0.07}
     pairs = {"oppu/task": task, "oppu/swapped": {"nll": {"mean": swapped}}}
     arms = {"majority_user": {"accuracy": user}, "majority_global": {"accuracy": 0.5}}
     return {"comparisons": pairs, "arms": arms, "metric": "accuracy"}
@@ -123,8 +146,14 @@ def test_every_reason_is_a_rule_over_the_figures() -> None:
     assert changed == "The own adapter changed 7% of the answers, by +0.001 on average."
     assert too_few == "100 queries are too few for this: about 500 would show +0.020 with 80 % power."
     assert len(reasons(row(num_needed=None), figures(), [])) == len(reasons(row(num_needed=90), figures(), [])) == 1
-    assert "predict the person better (+0.100" in reasons(row(), figures(0.1), [claim("personal", "supported")])[1]
+    better = [claim("personal", "supported")]
+    assert reasons(row(num_needed=None), figures(0.1), better)[1:] == [
+        "It does predict the person better (+0.100 nats per token)."
+    ]
+    none = row(num_needed=None, gain={"mean": 0.0, "num_queries": 100})
+    assert reasons(none, figures(0.1), better)[2] == "Probabilities move, seldom the most likely answer."
     assert "by heart" in reasons(row(), figures(-0.1), [claim("personal", "not supported")])[1]
+    assert len(reasons(row(num_needed=None), figures(-0.04), [])) == 1  # it may as well rise
     assert "more than the person" in reasons(row(), figures(), [claim("own", "too little data")])[1]
     assert "little personal in the labels" in reasons(row(), figures(user=0.4), [])[1]
 

@@ -13,7 +13,7 @@ from tiny import tiny_base
 
 from oppu_ray import stages
 from oppu_ray.cli import main
-from oppu_ray.suite import load_suite
+from oppu_ray.suite import is_done, load_suite
 from oppu_ray.vault import Vault
 
 CONFIGS = Path(__file__).resolve().parents[1] / "jobs" / "configs"
@@ -131,6 +131,41 @@ def test_a_suite_that_was_killed_goes_on(
     assert main(["evaluate", "--suite", str(path)]) == 0
     assert {unit["state"] for unit in result(path)["units"]} == {"done"}
     assert tree(tmp_path / "suite" / "films" / "seed0" / "main" / "adapt") == before
+
+
+def test_a_unit_with_users_who_may_succeed_next_time_is_not_done(suite: Path) -> None:
+    _, units = load_suite(suite, ["data_root=" + str(suite.parent)])
+    path = Path(units[0].config.run_dir) / "train" / "k1" / "result.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "num_to_retry": 1}))
+    try:
+        assert [is_done(unit) for unit in units] == [False, True, True]
+    finally:
+        path.write_text(before)
+
+
+def test_times_that_were_lost_or_torn_count_as_nothing(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, overrides=["evaluate.arms=[task]"], variants=[], sets=[{"config": "films.yaml"}])
+    assert main(["evaluate", "--suite", str(path)]) == 0
+    times = tmp_path / "suite" / "times.jsonl"
+    *_, evaluated = lines = times.read_text().splitlines()
+    assert json.loads(evaluated)["what"] == "evaluate"
+    times.write_text("\n".join(lines[:-1]) + "\n" + evaluated[:20])
+    assert main(["evaluate", "--suite", str(path)]) == 0
+    assert "evaluate" not in result(path)["units"][0]["times_s"] and result(path)["cost"]["elapsed_s"] > 0
+
+
+def test_rounds_count_in_a_suites_time_and_what_is_done_does_not_count_again(tmp_path: Path) -> None:
+    arms = "evaluate.arms=[task]"
+    rounds = ["federated.num_shards=2", "federated.num_rounds=1", "federated.local_steps=1"]
+    path = write_suite(tmp_path, overrides=[arms, *rounds], variants=[], sets=[{"config": "films.yaml"}])
+    assert main(["evaluate", "--suite", str(path)]) == 0
+    before = result(path)["units"][0]["times_s"]
+    assert before["adapt"] > 0
+    (tmp_path / "suite" / "films" / "seed0" / "main" / "evaluate" / "result.json").unlink()
+    assert main(["evaluate", "--suite", str(path)]) == 0
+    after = result(path)["units"][0]["times_s"]
+    assert {**after, "prepare": 0} == {**before, "prepare": 0} and after["prepare"] > before["prepare"]
 
 
 def test_one_bad_set_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
