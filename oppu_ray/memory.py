@@ -167,17 +167,17 @@ class Memories:
         return Memory(self._config, user.items, retriever, profile.text if profile else "", first_profiled)
 
     def write_profiles(self, users: Sequence[UserHistory]) -> None:
-        """Write and keep the profiles that are missing, or stale: of a history that has changed by a fifth since."""
+        """Write and keep the profiles that are missing or stale: the history lost an item since, or grew by a fifth."""
         if not self._config.memory.with_profile:
             return
         found = [(user, self._stored_profile(user)) for user in users]
         wanted = [user for user, profile in found if profile is None or is_stale(profile, user.items)]
-        method = "template" if self._config.memory.profile == "template" else "model"
-        prompts = [profile_prompt(self._task, user.items, self._seed(user)) for user in wanted]
-        texts = self._generate(prompts) if method == "model" and prompts else []
-        said = dict(zip(prompts, texts, strict=bool(texts)))
+        asked = [user for user in wanted if user.items and self._config.memory.profile != "template"]
+        prompts = [profile_prompt(self._task, user.items, self._seed(user)) for user in asked]
+        texts = self._generate(prompts) if prompts else []
+        said = {user.user_id: text for user, text in zip(asked, texts, strict=True)}
         for user in wanted:
-            profile = write_profile(self._task.name, user.items, method, said.__getitem__, self._seed(user))
+            profile = write_profile(self._task, user.items, said.get(user.user_id, ""))
             self._keep(user.user_id, self._profile_name, profile_to_json(profile).encode())
 
     def _keep(self, user_id: str, name: str, data: bytes) -> None:

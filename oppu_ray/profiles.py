@@ -1,8 +1,8 @@
 """A user's past items -> a short text about them (PAG, arXiv 2402.04401), put before the prompt of every question.
 
 In: items, oldest first, of one user. Out: a `Profile`, the text and what it was written from, so that it can be told
-when the history has moved on. Written by a model through a `generate(prompt) -> text` callable (the base model itself,
-or any instruct model), or by a template from counts, which needs no model and never invents.
+when the history has moved on. Written by a model (the base model itself, or any instruct model), or by a template from
+counts, which needs no model and never invents.
 
 A reader might question that a target user's profile is written from the whole past, labels included, and is read again
 in training on those same items: so it is in the paper, and the profile never sees a query. Base users, who may have two
@@ -15,19 +15,18 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, median
 
-from oppu_ray.config import TaskConfig
 from oppu_ray.core import Item
-from oppu_ray.tasks import Task, get_task, memory_line, one_line
+from oppu_ray.tasks import Task, memory_line, one_line
 
 METHODS = ("template", "model")
 MAX_ITEMS_SHOWN = 10  # to the model; the reference shows as many, picked at random
 MAX_WORDS_PER_FIELD = 200  # as the reference
 MAX_PROFILE_WORDS = 120
-MAX_CHANGED_SHARE = 0.2
+MAX_NEW_SHARE = 0.2
 
 ASKS = {
     "citation": "Name the research topics this author works on and the kind of papers the author cites.",
@@ -56,38 +55,15 @@ class Profile:
     item_ids: tuple[str, ...]
 
 
-def write_profile(
-    task_name: str,
-    items: Sequence[Item],
-    method: str = "template",
-    generate: Callable[[str], str] | None = None,
-    seed: int = 0,
-) -> Profile:
-    """The profile of one user for one task. When the model answers with nothing, the template steps in, and
-    `Profile.method` says so.
+def write_profile(task: Task, items: Sequence[Item], said: str = "") -> Profile:
+    """The profile of one user: what a model said to `profile_prompt`, or the template's where it said nothing.
 
     Args:
-        task_name: A name of the task table, ours or LaMP's.
         items: The user's past, oldest first; never the queries.
-        method: One of `METHODS`.
-        generate: Prompt -> answer; for "model".
-        seed: The user's own seed; picks the items the model is shown.
-
-    Raises:
-        ValueError: Unknown task or method, or no `generate` for "model".
     """
-    task = get_task(TaskConfig(name=task_name))
-    if method not in METHODS:
-        raise ValueError(f"profile method {method!r}: expected one of {', '.join(METHODS)}")
-    if method == "model" and generate is None:
-        raise ValueError("profile method 'model' needs generate(prompt) -> text: got None")
     item_ids = tuple(item.item_id for item in items)
-    if not items:
-        return Profile("", method, item_ids)
-    if generate is not None and method == "model":
-        text = one_line(generate(profile_prompt(task, items, seed)), MAX_PROFILE_WORDS)
-        if text:
-            return Profile(text, method, item_ids)
+    if text := one_line(said, MAX_PROFILE_WORDS):
+        return Profile(text, "model", item_ids)
     return Profile(_template(task, items), "template", item_ids)
 
 
@@ -98,15 +74,12 @@ def profile_prompt(task: Task, items: Sequence[Item], seed: int) -> str:
     return "\n".join(["Here are things one user did before.", *lines, f"{ASKS[task.name]} Be brief.", "Summary:"])
 
 
-def changed_share(profile: Profile, items: Sequence[Item]) -> float:
-    """Items that came or went since the profile was written, as a share of those it was written for (may exceed 1)."""
-    changed = set(profile.item_ids) ^ {item.item_id for item in items}
-    return len(changed) / max(len(profile.item_ids), 1)
-
-
-def is_stale(profile: Profile, items: Sequence[Item], max_changed_share: float = MAX_CHANGED_SHARE) -> bool:
-    """Whether the history changed by more than the share allowed, so that the profile must be written anew."""
-    return changed_share(profile, items) > max_changed_share
+def is_stale(profile: Profile, items: Sequence[Item], max_new_share: float = MAX_NEW_SHARE) -> bool:
+    """Whether the profile must be written anew: an item it was written from is gone (forgotten, or a query by now), or
+    more are new than the share allowed of those it was written from.
+    """
+    now, then = {item.item_id for item in items}, set(profile.item_ids)
+    return not then <= now or len(now - then) > max_new_share * len(then)
 
 
 def profile_to_json(profile: Profile) -> str:

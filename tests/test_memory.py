@@ -285,11 +285,12 @@ def test_a_model_writes_the_missing_profiles_in_one_batch_and_the_template_steps
         return ["Likes ghosts." if "bob" in prompt else " " for prompt in prompts]
 
     memories = Memories(config, vault, generate)
-    memories.write_profiles([user("ann"), user("bob")])
+    nothing = replace(user("eve"), items=())  # of which nobody is asked
+    memories.write_profiles([user("ann"), user("bob"), nothing])
     assert [len(prompts) for prompts in asked] == [2]
     assert ["ann" in prompt for prompt in asked[0]] == [True, False]
     made = {name: memories.open(user(name)) for name in ("ann", "bob", "eve")}
-    assert len(asked) == 2  # Eve's was missing
+    assert len(asked) == 2  # Eve's was of nothing
     profiles = [query_prompt(config, made[name], user(name).queries[0]).profile for name in ("ann", "bob")]  # type: ignore[arg-type]
     assert profiles[0].startswith("Most frequent tag") and profiles[1] == "Likes ghosts."
 
