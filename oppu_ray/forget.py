@@ -5,8 +5,9 @@ In: a user id, maybe item ids, and folders outside the vault (runs, caches) that
 the base, the task adapter, its user's own items and a seed (design decision D3), and its manifest lists those items.
 Only a base user is in what others stand on: with one of them a run loses its task base, and must `adapt` again.
 
-A reader might question that a receipt names items by keyed hashes: it must not keep what was forgotten. By these the
-next `prepare` leaves out again what the source still has.
+The audit log says what is to go before anything goes, so after a crash the same call goes on. `prepare` obeys it, and
+leaves out again what the source still has. A reader might question that items stand there, and in a receipt, by keyed
+hashes: they must not keep what was forgotten.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import mmap
 import os
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -84,12 +86,13 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
     """
     user_hash = vault.user_hash(user)
     folder, key = vault.user_folder(user_hash), vault.user_folder(user_hash, "keys")
-    was_begun = any(entry.action == "forget" for entry in vault.registry.audit_log(user_hash))
-    is_known = vault.registry.has_user(user_hash) or folder.exists() or was_begun
-    before = _inventory(vault, user_hash)
-    with disk_errors(user_hash, "forget"):
-        if is_known:
-            step(vault.registry.delete_user, user_hash)
+    with vault.alone(), disk_errors(user_hash, "forget"):
+        is_spoken_of = _speaking(vault, user_hash, folders, None)  # asked of all, as it also fails before anything goes
+        is_known = vault.registry.has_user(user_hash) or folder.exists() or user_hash in _forgotten(vault, user_hash)[0]
+        if not (is_known or is_spoken_of):
+            raise ValueError(f"user {user_hash[:12]}: no such user")
+        before = _inventory(vault, user_hash)
+        step(vault.registry.delete_user, user_hash)
         if key.exists():
             remove(key)
         if os.path.lexists(folder):  # one rename, so that a crash leaves no half folder under the user's name
@@ -97,12 +100,8 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
             sync_folder(folder.parent)
         for path in vault.root.glob(f"tmp/{user_hash}-*"):
             remove(path)
-        removed = before + [
-            change for top in folders for change in _forget_outside(vault, user_hash, top, None, is_known)
-        ]
-    if not (is_known or removed):
-        raise ValueError(f"user {user_hash[:12]}: no such user")
-    return _receipt(vault, user_hash, (), before, removed, needs_training=False)
+        outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, None, is_known)]
+        return _receipt(vault, user_hash, (), before, before + outside, needs_training=False)
 
 
 def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequence[Path] = ()) -> Receipt:
@@ -115,53 +114,64 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
         ValueError: No such user or item, the history is corrupt, or a file could not be removed.
     """
     user_hash, items = vault.user_hash(user), frozenset(item_ids)
+    hashes = {item: _item_hash(vault, user_hash, item) for item in sorted(items)}
     folder = vault.user_folder(user_hash)
-    rows = vault.registry.versions(user_hash)
-    seen = {row.version: _items_of(vault, row) for row in rows}
-    segments = vault.history_segments(user_hash)
-    known = {item.item_id for segment in segments for item in segment}.union(*(ids for ids in seen.values() if ids))
-    prepared = [user for top in folders for user in _prepared(vault, user_hash, top)]
-    known |= {item.item_id for user in prepared for item in (*user.items, *user.queries)}
-    if unknown := sorted(items - known):
-        raise ValueError(f"user {user_hash[:12]}: has no item {unknown[0]!r}")
-    gone = {version for version, ids in seen.items() if ids is None or ids & items}
-    before = _inventory(vault, user_hash)
-    with disk_errors(user_hash, "forget items of"):
-        step(vault.registry.delete_versions, user_hash, gone)
+    with vault.alone(), disk_errors(user_hash, "forget items of"):
+        rows = vault.registry.versions(user_hash)
+        seen = {row.version: _items_of(vault, row) for row in rows}
+        segments = vault.history_segments(user_hash)
+        known = {item.item_id for segment in segments for item in segment}.union(*(ids for ids in seen.values() if ids))
+        prepared = [user for top in folders for _, user in _prepared(vault, user_hash, top)]
+        known |= {item.item_id for user in prepared for item in (*user.items, *user.queries)}
+        done = {item for body in vault.registry.receipts(user_hash) for item in read_receipt(body).items}
+        begun = _forgotten(vault, user_hash)[1].get(user_hash, set()) - done
+        if unknown := [item for item in hashes if item not in known and hashes[item] not in begun]:
+            raise ValueError(f"user {user_hash[:12]}: has no item {unknown[0]!r}")
+        _speaking(vault, user_hash, folders, items.__contains__)  # for what cannot be read: before anything goes
+        gone = {version for version, ids in seen.items() if ids is None or ids & items}
+        before = _inventory(vault, user_hash)
+        step(vault.registry.delete_versions, user_hash, gone, list(hashes.values()))
         kept = seen.keys() - gone
         made_from_them = [path for path in folder.glob("adapters/*") if path.name not in kept]
         made_from_them += [*folder.glob("quarantine/*"), *folder.glob("blobs/*")]
         for path in [*made_from_them, *vault.root.glob(f"tmp/{user_hash}-*")]:
             remove(path)
         outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, items.__contains__)]
-        for number, segment in enumerate(segments, 1):  # last, so that after a crash the items are still found
+        for number, segment in enumerate(segments, 1):
             left = [item for item in segment if item.item_id not in items]
             if len(left) < len(segment):
                 vault.replace_file(user_hash, f"history/{number:06d}.jsonl", encode_items(left))
-    after = set(_inventory(vault, user_hash))
-    removed = [pair for pair in before if pair not in after] + outside
-    hashes = tuple(sorted(_item_hash(vault, user_hash, item) for item in items))
-    return _receipt(vault, user_hash, hashes, before, removed, needs_training=bool(gone))
+        after = set(_inventory(vault, user_hash))
+        removed = [pair for pair in before if pair not in after] + outside
+        return _receipt(vault, user_hash, tuple(sorted(hashes.values())), before, removed, needs_training=bool(gone))
 
 
 def without_forgotten(vault: Vault) -> Keep:
     """For `prepare`: leaves out forgotten users, unless they were added to the vault again, and forgotten items."""
-    forgotten: dict[str, set[str] | None] = {}
-    for receipt in map(read_receipt, vault.registry.receipts()):
-        known = forgotten.setdefault(receipt.user_hash, set())
-        if known is not None:
-            forgotten[receipt.user_hash] = known | set(receipt.items) if receipt.items else None
+    users, items = _forgotten(vault)
 
     def keep(user: UserHistory) -> UserHistory | None:
         user_hash = _hash_of(vault, user.user_id)
-        if user_hash not in forgotten:
-            return user
-        items = forgotten[user_hash]
-        if items is None:
-            return user if vault.registry.has_user(user_hash) else None
-        return _keep(vault, user_hash, user, lambda item_id: _item_hash(vault, user_hash, item_id) in items)
+        if user_hash in users and not vault.registry.has_user(user_hash):
+            return None
+        theirs = items.get(user_hash, set())
+        is_gone = (lambda item_id: _item_hash(vault, user_hash, item_id) in theirs) if theirs else None
+        return _keep(vault, user_hash, user, is_gone) if is_gone else user
 
     return keep
+
+
+def _forgotten(vault: Vault, user_hash: str | None = None) -> tuple[set[str], dict[str, set[str]]]:
+    """Whom the audit log says to forget, or to have forgotten: users, and by user the hashes of items."""
+    users, items = set[str](), defaultdict[str, set[str]](set)
+    for entry in vault.registry.audit_log(user_hash):
+        if entry.action == "forget" and entry.user_hash:
+            hashes = json.loads(entry.detail).get("items")
+            if hashes is None:
+                users.add(entry.user_hash)
+            else:
+                items[entry.user_hash].update(hashes)
+    return users, items
 
 
 def verify_receipt(
@@ -177,11 +187,8 @@ def verify_receipt(
     user_hash = receipt.user_hash
     hashes = set(receipt.items)
     is_gone = (lambda item: _item_hash(vault, user_hash, item) in hashes) if hashes else None
-    for top in folders:
-        found = [path for path, _ in _changes(vault, user_hash, top, is_gone, with_answers=False)]
-        users = _prepared(vault, user_hash, top)
-        found += [top for user in users if _keep(vault, user_hash, user, is_gone) != user]
-        problems += [f"{path}: speaks of the user" + " and of a forgotten item" * bool(hashes) for path in found]
+    found = _speaking(vault, user_hash, folders, is_gone)
+    problems += [f"{path}: speaks of the user" + " and of a forgotten item" * bool(hashes) for path in found]
     if receipt.items:
         held = {item.item_id for item in vault.read_history(UserHash(user_hash))}
         for row in vault.registry.versions(user_hash):
@@ -272,20 +279,32 @@ def _item_hash(vault: Vault, user_hash: str, item_id: str) -> str:
     return hmac.new(vault.derive_key("item"), f"{user_hash}/{item_id}".encode(), hashlib.sha256).hexdigest()
 
 
+def _speaking(vault: Vault, user_hash: str, folders: Sequence[Path], is_gone: Gone | None) -> list[Path]:
+    """What in `folders` speaks of the user, or of an item of theirs that is gone; answers by their adapter aside."""
+    found = []
+    for top in folders:
+        found += [path for path, _ in _changes(vault, user_hash, top, is_gone, with_answers=False)]
+        users = _prepared(vault, user_hash, top)
+        found += [folder for folder, user in users if _keep(vault, user_hash, user, is_gone) != user]
+    return found
+
+
 def _forget_outside(
     vault: Vault, user_hash: str, top: Path, is_gone: Gone | None, with_answers: bool = True
 ) -> Iterator[tuple[str, str]]:
     """Remove or rewrite what speaks of the user in a folder outside the vault; yields (path, SHA-256 before)."""
-    for folder in _prepared_folders(vault, top):
-        files = [folder / USERS_NAME, folder / INDEX_NAME]
-        before = [sha256(file.read_bytes()) for file in files]
-        changed = step(forget_prepared, folder, lambda user: _keep(vault, user_hash, user, is_gone))
-        if changed:
-            yield from zip(map(str, files), before, strict=True)
-        if "base" in changed:  # the task base has learnt from them, and so has every answer of the run
+    for folder, user in _prepared(vault, user_hash, top):
+        if user.role == "base" and _keep(vault, user_hash, user, is_gone) != user:
+            # The task base has learnt from them, and so has every answer of the run. They go before the line that
+            # tells so goes.
             for path in [*folder.parent.glob("adapt*"), *folder.parent.glob("evaluate*")]:
                 yield from _hashes(path)
                 remove(path)
+    for folder in _prepared_folders(vault, top):
+        files = [folder / USERS_NAME, folder / INDEX_NAME]
+        before = [sha256(file.read_bytes()) for file in files]
+        if step(forget_prepared, folder, lambda user: _keep(vault, user_hash, user, is_gone)):
+            yield from zip(map(str, files), before, strict=True)
     for path, content in _changes(vault, user_hash, top, is_gone, with_answers):
         yield from _hashes(path)
         if content is None:
@@ -310,11 +329,12 @@ def _prepared_folders(vault: Vault, top: Path) -> list[Path]:
     return [folder for folder in found if (folder / USERS_NAME).is_file()]
 
 
-def _prepared(vault: Vault, user_hash: str, top: Path) -> Iterator[UserHistory]:
-    """The user's histories in the runs below `top`."""
+def _prepared(vault: Vault, user_hash: str, top: Path) -> Iterator[tuple[Path, UserHistory]]:
+    """The user's histories in the runs below `top`, each with its folder."""
     for folder in _prepared_folders(vault, top):
         index = read_index(folder)
-        yield from read_users(folder, index, [one for one in index.entries if _hash_of(vault, one) == user_hash])
+        theirs = [one for one in index.entries if _hash_of(vault, one) == user_hash]
+        yield from ((folder, user) for user in read_users(folder, index, theirs))
 
 
 def _changes(

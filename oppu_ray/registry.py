@@ -17,7 +17,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -305,10 +305,11 @@ class Registry:
             self._repoint(connection, user_hash, {version}, *others)
             self._audit(connection, "quarantine", user_hash, {"version": version, "reason": reason})
 
-    def delete_versions(self, user_hash: str, versions: set[str]) -> None:
+    def delete_versions(self, user_hash: str, versions: set[str], items: Sequence[str]) -> None:
         """Drop versions and what runs they finished; `current` falls back to the newest good one left, or none.
 
-        Ends any lease too: a job that trains on what is being forgotten must not publish.
+        Ends any lease too: a job that trains on what is being forgotten must not publish. The log says which `items`,
+        by their keyed hashes, are to be forgotten.
         """
         mine = _VERSIONS.c.user_hash == user_hash
         with self._write() as connection:
@@ -317,7 +318,7 @@ class Registry:
                 connection.execute(sa.delete(table).where(*chosen))
             connection.execute(sa.delete(_LEASES).where(_LEASES.c.user_hash == user_hash))
             self._repoint(connection, user_hash, versions, mine, _VERSIONS.c.is_good)
-            self._audit(connection, "delete_versions", user_hash, {"versions": sorted(versions)})
+            self._audit(connection, "forget", user_hash, {"versions": sorted(versions), "items": items})
 
     def delete_user(self, user_hash: str) -> None:
         """Drop every row of a user but receipts and the audit log, and say so in the log. Idempotent."""

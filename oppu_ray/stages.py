@@ -47,9 +47,9 @@ def prepare(config: Config) -> dict[str, Any]:
     folder = _folder(config, "prepare")
     with _result(config, "prepare") as result:
         users, rejected = load_histories(config.data, config.task, config.seed)
-        with closing(open_vault(config)) as vault:
+        with closing(open_vault(config)) as vault, vault.alone():
             index = write_prepared(folder, users, keep=without_forgotten(vault))
-        write_rejected(folder / "rejected.jsonl", rejected)
+            write_rejected(folder / "rejected.jsonl", rejected)
         result["fingerprints"]["histories"] = index.fingerprint
         for role in ("target", "base"):
             sizes = index.sizes(role)

@@ -12,6 +12,7 @@ are parsed, and an encrypted vault never puts plain text on the disk.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import hmac
 import json
@@ -156,6 +157,14 @@ class Vault:
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         return path
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One at a time, in whatever process: who forgets, and who might write back what is being forgotten."""
+        with open(os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
+            with suppress(OSError):  # a disk without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     # ---- who
 

@@ -321,7 +321,7 @@ class Worker:
         user_hash = self.vault.user_hash(user_id)
         version = self.vault.registry.unit_version(self.run_id, user_hash)
         if version is None:
-            if {entry.action for entry in self.vault.registry.audit_log(user_hash)} & {"forget", "delete_versions"}:
+            if any(entry.action == "forget" for entry in self.vault.registry.audit_log(user_hash)):
                 return None
             raise ValueError(f"user {user_id!r}: run {self.run_id} has committed no adapter; run `train` first")
         return self.vault.load(user_id, version, base_fingerprint=base.fingerprint)[0]

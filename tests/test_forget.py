@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,13 @@ from vault_tools import (
     tree,
 )
 
+from oppu_ray import stages
 from oppu_ray import vault as vault_module
-from oppu_ray.core import Item
-from oppu_ray.forget import Receipt, forget_items, forget_user, read_receipt, verify_receipt
+from oppu_ray.config import Config
+from oppu_ray.core import Item, UserHistory
+from oppu_ray.files import write_atomic
+from oppu_ray.forget import Receipt, forget_items, forget_user, read_receipt, verify_receipt, without_forgotten
+from oppu_ray.prepared import write_prepared
 from oppu_ray.registry import Refused
 from oppu_ray.vault import Vault
 
@@ -282,6 +289,62 @@ def test_what_an_adapter_answered_goes_with_it(vault: Vault, runs: Path) -> None
     assert [problem for problem in verify_receipt(vault, whole, [runs]) if "predictions.jsonl: speaks of" in problem]
 
 
+ANN = UserHistory("alice", "target", (Item("1", text="canary 1"), Item("2", text="canary 2"), Item("3")))
+
+
+def test_who_returns_after_forgetting_can_have_an_item_forgotten(vault: Vault) -> None:
+    forget_user(vault, "alice")
+    vault.append_history("alice", ANN.items)
+    assert without_forgotten(vault)(ANN) == ANN
+    forget_items(vault, "alice", ["2"])
+    assert without_forgotten(vault)(ANN) == replace(ANN, items=(ANN.items[0], ANN.items[2]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (partial(forget_user, user="alice"), partial(forget_user, user="bob")),
+        (partial(forget_items, user="alice", item_ids=["1"]), partial(forget_items, user="alice", item_ids=["2"])),
+        (lambda vault, folders: stages.prepare(Config(run_dir=str(folders[0]))), partial(forget_user, user="alice")),
+    ],
+    ids=["users", "items", "prepare"],
+)
+def test_who_forgets_and_who_prepares_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: Callable[..., object], other: Callable[..., object]
+) -> None:
+    """The other comes when the first has read and not yet written."""
+    vault, runs, users = Vault(tmp_path / "runs" / "vault"), tmp_path / "runs", [ANN, replace(ANN, user_id="bob")]
+    vault.append_history("alice", ANN.items)
+    write_prepared(runs / "prepare", users)
+    came, flock, write = threading.Event(), fcntl.flock, write_atomic
+
+    def come() -> None:
+        try:
+            other(vault, folders=[runs])
+        finally:
+            came.set()
+
+    def lock(*args: Any) -> None:
+        if threading.current_thread() is thread:
+            came.set()
+        flock(*args)
+
+    def write_after_the_other(*args: Any) -> None:
+        if not thread.ident:
+            thread.start()
+            came.wait()
+        write(*args)
+
+    thread = threading.Thread(target=come)
+    monkeypatch.setattr("fcntl.flock", lock)
+    monkeypatch.setattr("oppu_ray.prepared.write_atomic", write_after_the_other)
+    monkeypatch.setattr("oppu_ray.stages.load_histories", lambda *_: (users, []))
+    one(vault, folders=[runs])
+    thread.join()
+    receipts = [read_receipt(body) for body in vault.registry.receipts()]
+    assert receipts and [verify_receipt(vault, receipt, [runs]) for receipt in receipts] == [[]] * len(receipts)
+
+
 class Crash(BaseException):
     pass
 
@@ -291,8 +354,11 @@ class Crash(BaseException):
     [
         (lambda vault, runs: forget_user(vault, "alice", [runs]), CANARIES),
         (lambda vault, runs: forget_items(vault, "alice", ["2"], [runs]), ("canary été 2", "profile canary")),
+        (lambda vault, runs: forget_items(vault, "alice", ["9"], [runs]), ("canary query",)),
+        (lambda vault, runs: forget_user(vault, "carol", [runs]), ("carol", "canary base")),
+        (lambda vault, runs: forget_user(vault, "dave", [runs]), ("dave", "canary known")),
     ],
-    ids=["user", "item"],
+    ids=["user", "item", "query", "base user", "base user in the vault"],
 )
 @pytest.mark.parametrize("encrypt", [False, True])
 def test_forgetting_goes_on_after_a_crash_at_every_step(
@@ -307,8 +373,16 @@ def test_forgetting_goes_on_after_a_crash_at_every_step(
     vault.put_blob("alice", "profile.txt", b"profile canary")
     vault.commit("alice", make_adapter(1), make_manifest(("1",)))
     vault.commit("alice", make_adapter(2), make_manifest(("1", "2")))
+    vault.add_users(["dave"])
     vault.close()
-    (tmp_path / "template" / "runs").mkdir()
+    source = [
+        UserHistory("alice", "target", (Item("1"), Item("2", text="canary été 2")), (Item("9", text="canary query"),)),
+        UserHistory("carol", "base", (Item("1", text="canary base"),)),
+        UserHistory("dave", "base", (Item("1", text="canary known"),)),
+        UserHistory("eve", "base", (Item("1"),)),
+    ]
+    write_prepared(tmp_path / "template" / "runs" / "prepare", source)
+    (tmp_path / "template" / "runs" / "adapt").mkdir()
     line = json.dumps({"user_id": "alice", "query_id": "2"}) + "\n"
     (tmp_path / "template" / "runs" / "predictions.jsonl").write_text(line)
     at, receipt = 0, None
@@ -333,12 +407,12 @@ def test_forgetting_goes_on_after_a_crash_at_every_step(
             except Crash:
                 pass
         if receipt is None:
-            is_known = vault.registry.has_user(vault.user_hash("alice"))
-            if is_known and [item.item_id for item in vault.read_history("alice")] == ["1"]:
-                continue  # all is gone, only the receipt was not written: then there is nothing left to forget
             again = forget(vault, runs)
             vault.gc(min_age_s=-1)
             assert verify_receipt(vault, again, [runs], gone) == []
+            assert (runs / "adapt").exists() == (again.user_hash == vault.user_hash("alice"))
+            prepared_again = repr(list(map(without_forgotten(vault), source)))
+            assert not any(canary in prepared_again for canary in gone)
         assert vault.verify() == []
         vault.close()
-    assert at > 8
+    assert at > 5

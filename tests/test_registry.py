@@ -207,7 +207,7 @@ def test_delete_versions_frees_the_run_and_ends_the_lease(registry: Registry) ->
     publish(registry, version(ALICE, 1, run_id="r1"))
     publish(registry, version(ALICE, 2, run_id="r2"))
     lease = registry.acquire_lease(ALICE, "job", 60)
-    registry.delete_versions(ALICE, {"000002"})
+    registry.delete_versions(ALICE, {"000002"}, [])
     assert registry.current(ALICE) == version(ALICE, 1, run_id="r1")
     assert registry.done_users("r2") == set() and registry.done_users("r1") == {ALICE}
     with pytest.raises(Refused, match="was lost"):
