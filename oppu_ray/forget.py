@@ -20,6 +20,7 @@ import mmap
 import os
 import secrets
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -189,6 +190,8 @@ def verify_receipt(
     is_gone = (lambda item: _item_hash(vault, user_hash, item) in hashes) if hashes else None
     found = _speaking(vault, user_hash, folders, is_gone)
     problems += [f"{path}: speaks of the user" + " and of a forgotten item" * bool(hashes) for path in found]
+    half_written = [path for top in folders for path in _half_written(vault, top)]
+    problems += [f"{path}: is half-written, and may speak of the user" for path in half_written]
     if receipt.items:
         held = {item.item_id for item in vault.read_history(UserHash(user_hash))}
         for row in vault.registry.versions(user_hash):
@@ -200,11 +203,12 @@ def verify_receipt(
             problems.append(f"the registry has {num_rows} rows of the user")
         named = [path for path in vault.root.rglob("*") if user_hash in path.name]
         problems += [f"{path}: is named by the user's hash" for path in named]
-    needles = {text.encode() for text in canaries} | {json.dumps(text)[1:-1].encode() for text in canaries}
+    written = ((text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]) for text in canaries)
+    needles = {text.encode() for ways in written for text in ways}
     vault.close()  # see `Vault._registry_file`: the scan opens every file
-    tops = [vault.root, *folders]
-    problems += [f"{path}: holds a forgotten text" for top in tops for path in _files_with(top, needles)]
-    return list(dict.fromkeys(problems))  # a vault may lie in one of the folders
+    paths = [*vault.root.rglob("*"), *(path for top in folders for path in _outside(vault, top))]
+    problems += [f"{path}: holds a forgotten text" for path in _files_with(paths, needles)]
+    return list(dict.fromkeys(problems))  # one folder may lie in another
 
 
 def _receipt(
@@ -293,6 +297,9 @@ def _forget_outside(
     vault: Vault, user_hash: str, top: Path, is_gone: Gone | None, with_answers: bool = True
 ) -> Iterator[tuple[str, str]]:
     """Remove or rewrite what speaks of the user in a folder outside the vault; yields (path, SHA-256 before)."""
+    for path in _half_written(vault, top):
+        yield from _hashes(path)
+        remove(path)
     for folder, user in _prepared(vault, user_hash, top):
         if user.role == "base" and _keep(vault, user_hash, user, is_gone) != user:
             # The task base has learnt from them, and so has every answer of the run. They go before the line that
@@ -318,10 +325,21 @@ def _forget_outside(
 
 
 def _outside(vault: Vault, top: Path) -> Iterator[Path]:
-    """All files and folders below `top`, each folder before what is in it, without links and without the vault."""
-    for parent, folders, files in os.walk(os.path.realpath(top)):
-        folders[:] = sorted(name for name in folders if Path(parent, name) != vault.root)
-        yield from (path for name in [*folders, *sorted(files)] if not (path := Path(parent, name)).is_symlink())
+    """All files and folders below `top`, each folder before what is in it, without links and without the vault.
+
+    Where `top` is a run of a suite that links to the `prepare` of another run, that run's too.
+    """
+    for run in dict.fromkeys(map(os.path.realpath, (top, top / "prepare" / ".."))):
+        for parent, folders, files in os.walk(run):
+            folders[:] = sorted(name for name in folders if Path(parent, name) != vault.root)
+            yield from (path for name in [*folders, *sorted(files)] if not (path := Path(parent, name)).is_symlink())
+
+
+def _half_written(vault: Vault, top: Path) -> list[Path]:
+    """Files with people's texts or names that a killed process left; whom they speak of cannot be told."""
+    kinds = (".jsonl", ".index.json", ".result.json")
+    partial = [path for path in _outside(vault, top) if path.name.startswith(".") and path.suffix == ".partial"]
+    return [path for path in partial if any(kind in path.name for kind in kinds) and path.is_file()]
 
 
 def _prepared_folders(vault: Vault, top: Path) -> list[Path]:
@@ -354,16 +372,15 @@ def _changes(
         elif path.name == "result.json" and is_all:
             try:
                 result = json.loads(_read(path))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if (kept := _without_keys(vault, user_hash, result)) != result:
+            if (kept := _without_user(vault, user_hash, result)) != result:
                 yield path, json.dumps(kept, indent=1).encode()
         elif path.name.endswith((".jsonl", ".jsonl.gz")) and path not in prepared:
-            data, is_packed = _read(path), path.suffix == ".gz"
-            lines = (gzip.decompress(data) if is_packed else data).splitlines(keepends=True)
+            lines = _unpacked(path, _read(path)).splitlines(keepends=True)
             left = b"".join(_without(vault, user_hash, line, is_gone, with_answers) for line in lines)
             if left != b"".join(lines):
-                yield path, gzip.compress(left, mtime=0) if is_packed else left
+                yield path, gzip.compress(left, mtime=0) if path.suffix == ".gz" else left
 
 
 def _is_checkpoint_of(path: Path, user_hash: str) -> bool:
@@ -384,12 +401,24 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _without_keys(vault: Vault, user_hash: str, value: Any) -> Any:
-    """JSON without what is listed under the user's id."""
-    if isinstance(value, dict):
-        kept = {key: part for key, part in value.items() if _hash_of(vault, key) != user_hash}
-        return {key: _without_keys(vault, user_hash, part) for key, part in kept.items()}
-    return [_without_keys(vault, user_hash, part) for part in value] if isinstance(value, list) else value
+def _unpacked(path: Path, data: bytes) -> bytes:
+    """A file's content, gzipped or not."""
+    try:
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be unpacked ({error}); mend or remove it, it may speak of anyone") from error
+
+
+def _without_user(vault: Vault, user_hash: str, result: Any) -> Any:
+    """A `result.json` without what its parts by user say of this one."""
+    if not isinstance(result, dict):
+        return result
+    kept = {
+        name: {user: value for user, value in part.items() if _hash_of(vault, user) != user_hash}
+        for name, part in result.items()
+        if name in ("failed", "history") and isinstance(part, dict)
+    }
+    return {**result, **kept}
 
 
 def _without(vault: Vault, user_hash: str, line: bytes, is_gone: Gone | None, with_answers: bool) -> bytes:
@@ -403,12 +432,12 @@ def _without(vault: Vault, user_hash: str, line: bytes, is_gone: Gone | None, wi
         return b""
     if not is_theirs:
         return line
-    if is_gone is None or any(is_gone(record[name]) for name in ("item_id", "query_id") if name in record):
+    if is_gone is None or any(is_gone(str(record[name])) for name in ("item_id", "query_id") if name in record):
         return b""
     changed = dict(record)
     for name in ("items", "queries"):
-        if name in record:
-            changed[name] = [item for item in record[name] if not is_gone(item.get("item_id"))]
+        if isinstance(items := record.get(name), list):
+            changed[name] = [one for one in items if not (isinstance(one, dict) and is_gone(str(one.get("item_id"))))]
     return line if changed == record else json.dumps(changed, ensure_ascii=False).encode() + b"\n"
 
 
@@ -441,11 +470,11 @@ def _hashes(top: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _files_with(top: Path, needles: set[bytes]) -> Iterator[Path]:
-    for path in sorted(top.rglob("*")) if needles else ():
+def _files_with(paths: Iterable[Path], needles: set[bytes]) -> Iterator[Path]:
+    for path in sorted(paths) if needles else ():
         if path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
             continue
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            data = gzip.decompress(content[:]) if path.suffix == ".gz" else content
+            data = _unpacked(path, content[:]) if path.suffix == ".gz" else content
             if any(data.find(needle) >= 0 for needle in needles):
                 yield path

@@ -326,9 +326,11 @@ def _forget(place: Place, options: argparse.Namespace) -> Shown:
 
 def _consequences(place: Place, receipt: Receipt) -> list[str]:
     removed = [Path(path) for path, _ in receipt.removed]
-    run = place.folders[0].resolve() if place.folders else None
-    if run and any(path.is_relative_to(run / "adapt") for path in removed):
-        return [f"they were a base user of {run}: its task base is gone; run `adapt` and `train` again"]
+    for run in place.folders:
+        if any(
+            path.is_relative_to((run / "adapt").resolve()) for path in removed
+        ):  # in a suite it may be another run's
+            return [f"they were a base user of {run}: its task base is gone; run `adapt` and `train` again"]
     return ["no other user's adapter depended on this: each is trained on its own user's items only"]
 
 

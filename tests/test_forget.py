@@ -289,6 +289,69 @@ def test_what_an_adapter_answered_goes_with_it(vault: Vault, runs: Path) -> None
     assert [problem for problem in verify_receipt(vault, whole, [runs]) if "predictions.jsonl: speaks of" in problem]
 
 
+def test_a_variant_of_a_suite_is_forgotten_with_the_run_that_it_links_to(vault: Vault, tmp_path: Path) -> None:
+    write_prepared(tmp_path / "main" / "prepare", [ANN])
+    (tmp_path / "variant").mkdir()
+    (tmp_path / "variant" / "prepare").symlink_to(Path("..", "main", "prepare"))
+    receipt = forget_items(vault, "alice", ["2"], [tmp_path / "variant"])
+    assert b"canary 2" not in (tmp_path / "main" / "prepare" / "users.jsonl").read_bytes()
+    (tmp_path / "main" / "log").write_text("canary 2")
+    assert len(verify_receipt(vault, receipt, [tmp_path / "variant"], ["canary 2"])) == 1
+
+
+def test_what_a_killed_process_has_half_written_goes_too(vault: Vault, tmp_path: Path) -> None:
+    left = tmp_path / "run" / "prepare" / ".users.jsonl.0a1b2c3d.partial"
+    others = tmp_path / "run" / ".status.json.0a1b2c3d.partial"
+    left.parent.mkdir(parents=True)
+    with pytest.raises(ValueError, match="no such user"):
+        forget_user(vault, "carol", [tmp_path / "run"])
+    for path in (left, others):
+        path.write_text('{"user_id": "alice", "items": [{"item_id": "1", "te')
+    receipt = forget_user(vault, "alice", [tmp_path / "run"])
+    assert not left.exists() and others.exists() and str(left) in dict(receipt.removed)
+    left.touch()
+    assert verify_receipt(vault, receipt, [tmp_path / "run"]) == [f"{left}: is half-written, and may speak of the user"]
+
+
+@pytest.mark.parametrize("text", ['ein "Zitat" für sie', "C:\\Übung", "größer\tals"])
+def test_the_scan_finds_a_text_as_our_files_escape_it(vault: Vault, tmp_path: Path, text: str) -> None:
+    receipt = forget_user(vault, "alice")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "users.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False))
+    assert len(verify_receipt(vault, receipt, [tmp_path / "runs"], [text])) == 1
+
+
+def test_a_user_called_like_a_part_of_a_result_takes_only_their_own(vault: Vault, tmp_path: Path) -> None:
+    vault.add_users(["config"])
+    result = {"config": {"seed": 1}, "failed": {"config": "no", "bob": "no"}, "history": {"config": 2}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    forget_user(vault, "config", [tmp_path])
+    wanted = {"config": {"seed": 1}, "failed": {"bob": "no"}, "history": {}}
+    assert json.loads((tmp_path / "result.json").read_text()) == wanted
+
+
+def test_a_file_that_cannot_be_unpacked_is_named_before_anything_goes(vault: Vault, runs: Path) -> None:
+    whole = gzip.compress(b"of anyone " * 99)
+    for damaged in (whole[:-9], whole[:12] + b"\xff" * 9 + whole[21:], b"no gzip"):
+        (runs / "other.jsonl.gz").write_bytes(damaged)
+        before = tree(runs), vault.read_history("alice")
+        with pytest.raises(ValueError, match="other.jsonl.gz: cannot be unpacked"):
+            forget_user(vault, "alice", [runs])
+        with pytest.raises(ValueError, match="other.jsonl.gz: cannot be unpacked"):
+            forget_items(vault, "alice", ["2"], [runs])
+        assert (tree(runs), vault.read_history("alice")) == before and vault.registry.receipts() == []
+    (runs / "other.jsonl.gz").rename(runs / "other.gz")
+    with pytest.raises(ValueError, match="other.gz: cannot be unpacked"):
+        verify_receipt(vault, forget_user(vault, "alice", [runs]), [runs], CANARIES)
+
+
+def test_lines_of_another_shape_do_not_stop_forgetting(vault: Vault, tmp_path: Path) -> None:
+    odd = [{"user_id": "alice", "items": ["a"]}, {"user_id": "alice", "queries": 3, "item_id": ["2"]}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
+    forget_items(vault, "alice", ["2"], [tmp_path])
+    assert [json.loads(line) for line in (tmp_path / "odd.jsonl").read_text().splitlines()] == odd
+
+
 ANN = UserHistory("alice", "target", (Item("1", text="canary 1"), Item("2", text="canary 2"), Item("3")))
 
 
