@@ -71,6 +71,8 @@ def export_user(vault: Vault, user: str, path: Path) -> None:
         try:
             write_file(partial, packed.getvalue())
             step(os.link, partial, path)
+        except FileExistsError:
+            raise ValueError(f"{path}: exists already; an export makes a new file") from None
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -89,16 +91,19 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
     user_hash = vault.user_hash(user)
     entries = _read_entries(path)
     index = {name: sha256(data) for name, data in sorted(entries.items())}
-    items = decode_items(entries.pop(HISTORY_NAME))
-    check_items(user_hash, items)
     blobs = {name.removeprefix(BLOBS): data for name, data in entries.items() if name.startswith(BLOBS)}
     files = {name.removeprefix(ADAPTER): data for name, data in entries.items() if name.startswith(ADAPTER)}
-    manifest = decode_manifest(entries[MANIFEST_NAME]) if MANIFEST_NAME in entries else None
-    if manifest is not None and base_fingerprint not in (None, manifest.base_fingerprint):
-        raise ValueError(f"{path}: adapter is for base {manifest.base_fingerprint}, this is base {base_fingerprint}")
-    if files.keys() != (set() if manifest is None else manifest.checksums.keys()):
-        raise CorruptError(f"{path}: has adapter files {sorted(files)}, its manifest names others")
-    adapter = None if manifest is None else decode_adapter(files, manifest)
+    try:
+        items = decode_items(entries[HISTORY_NAME])
+        check_items(user_hash, items)
+        manifest = decode_manifest(entries[MANIFEST_NAME]) if MANIFEST_NAME in entries else None
+        if manifest is not None and base_fingerprint not in (None, manifest.base_fingerprint):
+            raise ValueError(f"adapter is for base {manifest.base_fingerprint}, this is base {base_fingerprint}")
+        if files.keys() != (set() if manifest is None else manifest.checksums.keys()):
+            raise ValueError(f"has adapter files {sorted(files)}, its manifest names others")
+        adapter = None if manifest is None else decode_adapter(files, manifest)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
     holder = f"import-{sha256(json.dumps(index).encode())[:16]}"  # after a crash, the same import may go on at once
     lease = vault.registry.acquire_lease(user_hash, holder, COMMIT_TTL_S)
@@ -121,17 +126,20 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
                 sync_folder(stage / "adapters")
             folder = vault.user_folder(user_hash)
             vault.make_folder(folder.parent)
-            if folder.exists():  # left by a crash: no such user is registered, and we hold the lease
-                remove(folder)
-            step(os.rename, stage, folder)
-            sync_folder(folder.parent)
-        if row is not None:
-            step(vault.registry.publish, lease, row, None)
+            with vault.alone():
+                vault.registry.check_lease(lease)  # the same archive may be imported twice at once
+                if folder.exists():  # left by a crash: no such user is registered, and we hold the lease
+                    remove(folder)
+                step(os.rename, stage, folder)
+                sync_folder(folder.parent)
+                if row is not None:
+                    step(vault.registry.publish, lease, row, None)
+                else:
+                    step(vault.registry.add_users, [user_hash], lease)
     finally:
         if stage.exists():
             remove(stage)
         vault.registry.release_lease(lease)
-    vault.registry.add_users([user_hash])
     return row.version if row else None
 
 

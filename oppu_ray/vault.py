@@ -687,7 +687,14 @@ def decode_manifest(text: bytes) -> Manifest:
         fields["item_ids"] = tuple(fields["item_ids"])
         fields["checksums"] = dict(fields["checksums"].items())
         fields["shapes"] = {name: tuple(shape) for name, shape in fields["shapes"].items()}
-        return Manifest(**fields)
+        manifest = Manifest(**fields)
+        texts = [manifest.base_fingerprint, manifest.task_fingerprint, manifest.run_id, manifest.user_hash]
+        texts += [manifest.version, manifest.parent or "", *manifest.item_ids, *manifest.checksums.values()]
+        numbers, settings = [manifest.seed, *manifest.metrics.values()], [manifest.recipe, manifest.peft_config]
+        for kind, values in ((str, texts), (int | float, numbers), (dict, settings)):
+            if wrong := [value for value in values if not isinstance(value, kind)]:
+                raise TypeError(f"expected {kind}, found {str(wrong[0])[:40]!r}")
+        return manifest
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptError(f"manifest: not a manifest ({error!r})") from error
 

@@ -97,9 +97,10 @@ def test_an_export_is_private_repeatable_and_overwrites_nothing(vault: Vault, tm
     export_user(vault, "alice", tmp_path / "two.zip")
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
     assert stat.S_IMODE((tmp_path / "one.zip").stat().st_mode) == 0o600
-    for path in (tmp_path / "one.zip", tmp_path / "nowhere" / "x.zip"):
-        with pytest.raises(ValueError, match="could not export user"):
-            export_user(vault, "alice", path)
+    with pytest.raises(ValueError, match="one.zip: exists already"):
+        export_user(vault, "alice", tmp_path / "one.zip")
+    with pytest.raises(ValueError, match="could not export user"):
+        export_user(vault, "alice", tmp_path / "nowhere" / "x.zip")
     with pytest.raises(ValueError, match="no such user"):
         export_user(vault, "carol", tmp_path / "carol.zip")
     assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "carol.zip").exists()
@@ -118,6 +119,30 @@ def test_a_user_without_an_adapter_moves_too(other: Vault, tmp_path: Path) -> No
 def test_an_archive_of_another_base_is_refused_by_name(archive: Path, target: Vault) -> None:
     with pytest.raises(ValueError, match=f"adapter is for base {BASE}, this is base base-2"):
         import_user(target, "alice", archive, base_fingerprint="base-2")
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_the_same_archive_imported_twice_at_once_makes_one_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_adapter: bool
+) -> None:
+    """The second import comes when the first has seen that there is no such user."""
+    source, other = Vault(tmp_path / "source"), Vault(tmp_path / "other")
+    source.append_history("alice", make_items("1"))
+    if has_adapter:
+        source.commit("alice", make_adapter(1), make_manifest())
+    export_user(source, "alice", tmp_path / "alice.zip")
+    has_user = other.registry.has_user
+
+    def come(user_hash: str) -> bool:
+        monkeypatch.undo()
+        answer = has_user(user_hash)
+        import_user(other, "alice", tmp_path / "alice.zip", base_fingerprint=BASE)
+        return answer
+
+    monkeypatch.setattr(other.registry, "has_user", come)
+    with pytest.raises(Refused, match="the lease of import-.* was lost"):
+        import_user(other, "alice", tmp_path / "alice.zip", base_fingerprint=BASE)
+    assert other.read_history("alice") == source.read_history("alice") and other.verify() == []
 
 
 def test_an_import_replaces_no_one(vault: Vault, archive: Path) -> None:
@@ -226,6 +251,12 @@ def spoil_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[dict
         (lambda entries: entries.update({"manifest.json": b"[]"}), "not a manifest"),
         (spoil_manifest(lambda m: m.update(extra=1)), "not a manifest"),
         (spoil_manifest(lambda m: m.update(format_version=2)), "format 2, expected 1"),
+        (spoil_manifest(lambda m: m.update(item_ids=[["x"]])), "not a manifest .*found .*x"),
+        (spoil_manifest(lambda m: m.update(metrics={"last_loss": "no"})), "not a manifest .*found 'no'"),
+        (spoil_manifest(lambda m: m.update(metrics=[])), "not a manifest"),
+        (spoil_manifest(lambda m: m.update(seed=None)), "not a manifest .*found 'None'"),
+        (spoil_manifest(lambda m: m.update(recipe=[])), "not a manifest"),
+        (spoil_manifest(lambda m: m.update(run_id=3)), "not a manifest"),
         (spoil_manifest(lambda m: m["shapes"].popitem()), "not the manifest's"),
         (spoil_manifest(lambda m: m["checksums"].update({"../x": "0"})), "its manifest names others"),
         (spoil_manifest(lambda m: m["checksums"].update({"adapter_config.json": "0"})), "SHA-256 is not"),
@@ -237,7 +268,7 @@ def test_an_archive_with_right_checksums_and_wrong_content_is_refused(
     entries = entries_of(archive)
     spoil(entries)
     pack(archive, entries)
-    refuse(target, archive, expected)
+    refuse(target, archive, f"^{archive}: .*{expected}")
 
 
 @pytest.mark.parametrize("index", [b"", b"[]", b"{}", b"\xff", b"nul"])
