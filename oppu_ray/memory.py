@@ -158,7 +158,7 @@ class Memories:
             stored = self._read(user.user_id, VECTORS_NAME)
             vectors, kept = update_vectors(stored, texts, item_ids, self._embedder)
             if kept is not stored:
-                self._keep(user.user_id, VECTORS_NAME, kept)
+                self._vault.put_blob(user.user_id, VECTORS_NAME, kept)
         kind = memory.retriever if memory.top_k else "recency"  # which costs nothing and is not asked
         seed, device = self._seed(user), memory.faiss_device
         retriever = make_retriever(kind, texts, item_ids, seed, self._embedder, vectors, device)
@@ -178,12 +178,7 @@ class Memories:
         said = {user.user_id: text for user, text in zip(asked, texts, strict=True)}
         for user in wanted:
             profile = write_profile(self._task, user.items, said.get(user.user_id, ""))
-            self._keep(user.user_id, self._profile_name, profile_to_json(profile).encode())
-
-    def _keep(self, user_id: str, name: str, data: bytes) -> None:
-        """Store what was made, but not of a user who is not in the vault: who was forgotten meanwhile stays so."""
-        if self._vault.registry.has_user(self._vault.user_hash(user_id)):
-            self._vault.put_blob(user_id, name, data)
+            self._vault.put_blob(user.user_id, self._profile_name, profile_to_json(profile).encode())
 
     def _stored_profile(self, user: UserHistory) -> Profile | None:
         data = self._read(user.user_id, self._profile_name)

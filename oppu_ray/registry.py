@@ -234,6 +234,14 @@ class Registry:
         with self._read() as connection:
             return bool(_present(connection, _USERS.c.user_hash, {user_hash}))
 
+    def check_user(self, user_hash: str, lease: Lease | None) -> None:
+        """`Refused` if the user is not, or no longer, here, or the lease under which they are worked on was lost."""
+        with self._read() as connection:
+            if not _present(connection, _USERS.c.user_hash, {user_hash}):
+                raise Refused(f"user {user_hash[:12]}: was forgotten meanwhile")
+            if lease is not None:
+                _check_held(connection, lease)
+
     def users(self) -> list[User]:
         """All users, oldest first."""
         with self._read() as connection:
@@ -293,17 +301,21 @@ class Registry:
             self._move(connection, user_hash, current, expected, version)
             self._audit(connection, "use", user_hash, {"version": version, "before": expected})
 
-    def quarantine(self, user_hash: str, version: str, reason: str) -> None:
-        """Mark a version bad; if it was current, the newest good one of the same base takes its place (or none)."""
+    def quarantine(self, user_hash: str, version: str, reason: str) -> bool:
+        """Mark a version bad; if it was current, the newest good one of the same base takes its place (or none).
+
+        False if there is no such version, or it was marked before.
+        """
         mine = _VERSIONS.c.user_hash == user_hash
         with self._write() as connection:
             bad = connection.execute(sa.select(_VERSIONS).where(mine, _VERSIONS.c.version == version)).first()
             if bad is None or not bad.is_good:
-                return
+                return False
             connection.execute(sa.update(_VERSIONS).where(mine, _VERSIONS.c.version == version).values(is_good=False))
             others = (mine, _VERSIONS.c.is_good, _VERSIONS.c.base_fingerprint == bad.base_fingerprint)
             self._repoint(connection, user_hash, {version}, *others)
             self._audit(connection, "quarantine", user_hash, {"version": version, "reason": reason})
+        return True
 
     def delete_versions(self, user_hash: str, versions: set[str], items: Sequence[str]) -> None:
         """Drop versions and what runs they finished; `current` falls back to the newest good one left, or none.

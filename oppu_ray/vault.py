@@ -306,8 +306,8 @@ class Vault:
     ) -> int:
         """Add items, oldest first, as one new segment; returns how many items the history has now.
 
-        An item whose id is there already is an error, or with `skip_known` left out. `Refused` if `lease` was lost:
-        what was read before the user was forgotten must not come back.
+        An item whose id is there already is an error, or with `skip_known` left out. `Refused` if `lease` was lost, or
+        the user forgotten meanwhile: what was read before must not come back.
         """
         user_hash = self.user_hash(user)
         self.registry.add_users([user_hash], lease)
@@ -327,6 +327,11 @@ class Vault:
                     self.write_new(folder / name, data, user_hash)
                 except FileExistsError:
                     continue
+                try:  # asked again, as who forgot the user in between may not have seen the file
+                    self.registry.check_user(user_hash, lease)
+                except Refused:
+                    remove(folder / name)
+                    raise
                 return len(known) + len(new)
 
     def read_history(self, user: str) -> tuple[Item, ...]:
@@ -342,13 +347,18 @@ class Vault:
         return [decode_items(self.read_framed(user_hash, f"history/{name}")) for name in names]
 
     def put_blob(self, user: str, name: str, data: bytes) -> None:
-        """Store or replace a file made from the history, such as "profile.txt" or "index.safetensors"."""
+        """Store or replace a file made from the history, such as "profile.txt" or "index.safetensors".
+
+        Of a user who is not in the vault nothing is kept: who was forgotten meanwhile stays so.
+        """
         user_hash = self.user_hash(user)
         if not BLOB_NAME.fullmatch(name):
             raise ValueError(f"user {user_hash[:12]}: file name {name!r}: expected {BLOB_NAME.pattern}")
-        self.registry.add_users([user_hash])
         with disk_errors(user_hash, f"store {name} of"):
-            self.replace_file(user_hash, f"blobs/{name}", data)
+            if self.registry.has_user(user_hash):
+                self.replace_file(user_hash, f"blobs/{name}", data)
+                if not self.registry.has_user(user_hash):
+                    remove(self.user_folder(user_hash) / "blobs" / name)
 
     def get_blob(self, user: str, name: str) -> bytes | None:
         """A stored file, or None. `CorruptError` if its checksum does not hold."""
@@ -381,7 +391,7 @@ class Vault:
         for path in self._leftovers():
             with suppress(FileNotFoundError):  # gone meanwhile: it was no leftover
                 if path.lstat().st_mtime <= oldest:
-                    suspects[path] = _HASH.search(str(path))
+                    suspects[path] = _HASH.search(str(path.relative_to(self.root)))
         leases: dict[str, Lease] = {}
         for owner in {match[0] for match in suspects.values() if match}:
             with suppress(Refused):
@@ -389,8 +399,11 @@ class Vault:
         removed = []
         for path in self._leftovers():  # asked again: under the leases the answer stays true
             if path in suspects and ((match := suspects[path]) is None or match[0] in leases):
-                remove(path)
-                removed.append(str(path.relative_to(self.root)))
+                with suppress(Refused):  # the removals so far may have taken longer than the lease
+                    if match:
+                        self.registry.check_lease(leases[match[0]])
+                    remove(path)
+                    removed.append(str(path.relative_to(self.root)))
         for lease in leases.values():
             self.registry.release_lease(lease)
         return removed
@@ -547,8 +560,9 @@ class Vault:
         raise ValueError(f"user {user_hash[:12]}: {what}")
 
     def _quarantine(self, row: Version, reason: str) -> None:
+        if not self.registry.quarantine(row.user_hash, row.version, reason):
+            return  # the user was forgotten meanwhile, or another reader was quicker
         logger.error("user %s: version %s is corrupt and quarantined: %s", row.user_hash[:12], row.version, reason)
-        self.registry.quarantine(row.user_hash, row.version, reason)
         folder = self.user_folder(row.user_hash)
         try:
             self.make_folder(folder / "quarantine")

@@ -427,6 +427,63 @@ def test_items_that_are_there_can_be_left_out_and_a_lost_lease_adds_none(vault: 
     assert not vault.registry.has_user(vault.user_hash("alice"))
 
 
+@pytest.mark.parametrize("has_lease", [True, False])
+def test_what_is_written_while_its_user_is_forgotten_does_not_stay(
+    either: Vault, monkeypatch: pytest.MonkeyPatch, has_lease: bool
+) -> None:
+    """Forgetting comes when the writer has asked, and sees the files before they are there."""
+    rename, link = os.rename, os.link
+
+    def forget_first(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            either.registry.delete_user(alice)
+            return operation(*args)
+
+        return run
+
+    alice = either.user_hash("alice")
+    either.append_history("alice", make_items("1"))
+    folder = either.user_folder(alice)
+    before = tree(folder)
+    monkeypatch.setattr("os.rename", forget_first(rename))
+    either.put_blob("alice", "profile.txt", b"canary")
+    either.put_blob("alice", "vectors.txt", b"canary")
+    assert tree(folder) == before and not either.registry.has_user(alice)
+    either.add_users(["alice"])
+    lease = either.lease("alice", "job", 60) if has_lease else None
+    monkeypatch.setattr("os.link", forget_first(link))
+    with pytest.raises(Refused, match="was forgotten meanwhile"):
+        either.append_history("alice", make_items("2"), lease=lease)
+    assert tree(folder) == before and not either.registry.has_user(alice)
+
+
+def test_what_is_written_after_an_item_was_forgotten_does_not_stay(
+    plain: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.append_history("alice", make_items("1"))
+    lease, write_new = plain.lease("alice", "job", 60), plain.write_new
+
+    def forget_first(*args: Any) -> None:
+        plain.registry.delete_versions(plain.user_hash("alice"), set(), ["hash of 2"])
+        write_new(*args)
+
+    monkeypatch.setattr(plain, "write_new", forget_first)
+    with pytest.raises(Refused, match="the lease of job .* was lost"):
+        plain.append_history("alice", make_items("2"), lease=lease)
+    assert plain.read_history("alice") == tuple(make_items("1"))
+
+
+def test_a_reader_that_comes_too_late_makes_no_folder_of_a_forgotten_user(plain: Vault) -> None:
+    plain.commit("alice", make_adapter(1), make_manifest())
+    row = plain.registry.current(plain.user_hash("alice"))
+    assert row is not None
+    plain.registry.delete_user(row.user_hash)
+    shutil.rmtree(plain.user_folder(row.user_hash))
+    with pytest.raises(CorruptError, match="missing"):
+        plain.load_version(row, base_fingerprint=BASE)
+    assert not plain.user_folder(row.user_hash).exists() and plain.verify() == []
+
+
 def test_appends_at_once_lose_and_double_nothing(plain: Vault) -> None:
     def append(name: str) -> None:
         for number in range(5):
@@ -473,6 +530,7 @@ def test_segments_cannot_change_places(either: Vault) -> None:
 
 
 def test_blobs_are_replaced_whole(either: Vault) -> None:
+    either.add_users(["alice"])
     assert either.get_blob("alice", "profile.txt") is None
     for data in (b"one\ntwo", b"", bytes(range(256))):
         either.put_blob("alice", "profile.txt", data)
@@ -851,6 +909,33 @@ def test_gc_leaves_what_is_young_leased_or_registered(plain: Vault) -> None:
     plain.registry.release_lease(lease)
     assert set(plain.gc()) == {str(path.relative_to(plain.root)) for path in (leftovers[0], leftovers[2])}
     assert plain.verify() == [] and same(load(plain), make_adapter(1)) and folder_of(plain, "alice", version).exists()
+
+
+def test_gc_finds_whose_a_leftover_is_wherever_the_vault_lies(tmp_path: Path) -> None:
+    vault = Vault(tmp_path / ("0" * 64) / "vault")
+    leftover = vault.root / "tmp" / f"{vault.user_hash('alice')}-0123"
+    leftover.touch()
+    lease = vault.lease("alice", "job", 60)
+    assert vault.gc(min_age_s=-1) == []
+    vault.registry.release_lease(lease)
+    assert vault.gc(min_age_s=-1) == [f"tmp/{leftover.name}"]
+
+
+def test_gc_stops_where_its_lease_was_lost(plain: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = plain._clock
+    assert isinstance(clock, Clock)
+    clock.now = time.time()
+    first, second = (plain.root / "tmp" / f"{plain.user_hash('alice')}-{number}" for number in (1, 2))
+    for path in (first, second):
+        path.touch()
+
+    def remove_slowly(path: Path) -> None:
+        path.unlink()
+        clock.now += 61
+        plain.lease("alice", "job", 60)
+
+    monkeypatch.setattr(vault_module, "remove", remove_slowly)
+    assert plain.gc(min_age_s=-1) == [f"tmp/{first.name}"] and second.exists()
 
 
 def test_gc_never_takes_a_user_who_comes_at_the_same_moment(plain: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
