@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ class Progress:
             "started": self._start_time,
             "updated": time.time(),
         }
-        write_atomic(self._path, json.dumps(status, indent=1).encode())
+        with suppress(OSError):  # a full disk costs the status, not the training
+            write_atomic(self._path, json.dumps(status, indent=1).encode())
         self._written = time.monotonic()
 
     def _rate(self) -> float:

@@ -37,6 +37,18 @@ def test_the_status_counts_and_says_how_the_stage_ended(tmp_path: Path) -> None:
         assert read_status(tmp_path)["state"] == state
 
 
+def test_a_full_disk_costs_the_status_and_not_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with progress_bar("users", 1, "user", tmp_path, "train") as progress:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_atomic", fail)
+            progress.write("running")
+        progress.advance(1, 100)
+    assert read_status(tmp_path)["done"] == 1
+
+
 def test_a_running_status_that_grew_old_is_called_silent(tmp_path: Path) -> None:
     with progress_bar("users", 4, "user", tmp_path, "train"):
         status = json.loads((tmp_path / module.STATUS_NAME).read_text())

@@ -228,6 +228,11 @@ def test_items_are_added_once_and_a_wrong_one_is_named(
         ('{"text": "a film"}', "line 1: item 1: id is missing"),
         ('{"id": "x", ', "line 1: not valid JSON"),
         ("[]", "line 1: item 1: expected an object"),
+        (
+            '{"id": "x", "time": "2021", "text": "a film", "label": "comedy"}\n'
+            '{"id": "y", "text": "a film", "label": "comedy"}',
+            "1 of 2 items have no time; expected one in all or in none; the first without is y",
+        ),
     ):
         new.write_text(line)
         said = error(capsys, "users", "history", "add", "user-1", new)
@@ -428,6 +433,16 @@ def test_a_forgotten_base_user_takes_the_task_base_along(
     oppu("run", config)
     assert json.loads((run / "train" / "result.json").read_text())["num_trained"] == 4
     assert holding(run, "canary-of-user-8") == set()
+
+
+def test_by_the_whole_hash_a_user_is_forgotten_again(
+    users: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = users("show", "user-1")["hash"]
+    assert users("forget", whole[:12], "--hash", "--yes")["user_hash"] == whole
+    assert "fits 0 users" in error(capsys, "users", "forget", whole[:12], "--hash", "--yes")
+    assert users("forget", whole, "--hash", "--yes")["user_hash"] == whole
+    assert "no such user" in error(capsys, "users", "show", whole, "--hash")
 
 
 def test_nothing_is_forgotten_unasked(users: Callable[..., Any], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
