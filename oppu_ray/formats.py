@@ -29,6 +29,7 @@ from oppu_ray.tasks import Task
 
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_VALUE_CHARS = 80
+MAX_ID_CHARS = 1024  # more than any user id that the vault takes, before it is normalised
 CHUNK = 2**20
 CHITCHAT = "chitchat-dataset==0.9.0"
 CHITCHAT_TURNS = 3
@@ -106,11 +107,16 @@ def read_users(data: DataConfig, task: Task) -> Iterator[RawUser | Rejected]:
     return readers[data.format](data, task)
 
 
-def short(value: object) -> str:
-    """`value` as printable text of at most 80 characters, safe to write as UTF-8."""
+def short(value: object, max_chars: int = MAX_VALUE_CHARS) -> str:
+    """`value` as printable text of at most `max_chars` characters, safe to write as UTF-8."""
     text = value if isinstance(value, str) else reprlib.repr(value)
-    text = text[: 2 * MAX_VALUE_CHARS].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
+    text = text[: 2 * max_chars].replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
+
+
+def user_name(user_id: object) -> str | None:
+    """A user's id for `Rejected`: whole, as forgetting looks for it; None where there is none."""
+    return None if user_id is None else short(user_id, MAX_ID_CHARS).strip()
 
 
 # --- JSONL
@@ -166,13 +172,16 @@ def bounded_lines(path: Path) -> Iterator[tuple[int, str | Rejected]]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    try:
+        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _guess_user(text: str) -> str | None:
     """The user id in the first characters of a record that cannot be parsed, to name it in the error."""
-    found = re.search(r'"user_id"\s*:\s*(?:"([^"\\]{1,200})"|(\d{1,20}))', text[:4096])
-    return short(found[1] or found[2]) if found else None
+    found = re.search(r'"user_id"\s*:\s*(?:"([^"\\]{1,1024})"|(\d{1,20}))', text[:4096])
+    return user_name(found[1] or found[2]) if found else None
 
 
 def _json_fault(error: Exception) -> str:
@@ -208,12 +217,14 @@ def _read_questions(questions: Path, outputs: Path, role: str | None, task: Task
         if isinstance(question, Rejected):
             yield question
             continue
-        user_id = str(question.get("user_id", question.get("id")))
+        user_id = _as_text(question.get("user_id", question.get("id")))
         try:
+            if not isinstance(user_id, str):
+                raise ValueError(f"user_id: expected a string, got {_type(user_id)}")
             query = _query(question, golds.get(str(question.get("id"))), task)
             items = [_profile_item(item, task) for item in _a_list(question, "profile")]
         except ValueError as error:
-            yield Rejected(str(questions), None, short(user_id), short(question.get("input", "")), str(error))
+            yield Rejected(str(questions), None, user_name(user_id), short(question.get("input", "")), str(error))
             continue
         user = users.setdefault(user_id, {"user_id": user_id, "history": [], "queries": []})
         if role:
@@ -237,10 +248,9 @@ def _read_golds(path: Path, task: Task) -> dict[str, Any]:
             content = json.load(stream)
         golds = {str(gold["id"]): gold["output"] for gold in content["golds"]}
         found = str(content.get("task", ""))
-    except OSError as error:
-        raise ValueError(f"data.outputs_path: cannot read {str(path)!r}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zlib.error) as error:
-        raise ValueError(f'{path}: expected {{"task", "golds": [{{"id", "output"}}]}}: {error!r}') from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zlib.error) as error:
+        what = f'data.outputs_path: {path}: expected {{"task", "golds": [{{"id", "output"}}]}}'
+        raise ValueError(f"{what}: {error!r}") from error
     if found and found not in ODD_TASK_IDS.get(task.name, ()) and found.replace("_", "-").lower() != task.lamp.lower():
         raise ValueError(f"{path}: golds of task {found!r}; expected {task.lamp.replace('-', '_')} for {task.name}")
     return golds
@@ -356,7 +366,7 @@ def _read_oppu(data: DataConfig, task: Task) -> Iterator[RawUser | Rejected]:
                 items = [_profile_item(item, task) for item in _a_list(user, "profile")]
                 queries = [_archive_query(query, golds, task) for query in _a_list(user, "query")]
             except ValueError as error:
-                yield Rejected(str(path), None, short(user_id), short(user), str(error))
+                yield Rejected(str(path), None, user_name(user_id), short(user), str(error))
                 continue
             yield RawUser(str(path), None, {"user_id": user_id, "role": role, "history": items, "queries": queries})
 
@@ -424,6 +434,7 @@ def _csv_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]
                 broken.append(line)
             yield "\n" if isinstance(line, Rejected) else line  # an empty line in its place keeps the line numbers
 
+    csv.field_size_limit(MAX_RECORD_BYTES)
     reader = csv.reader(lines())
     try:
         names = next(reader, [])

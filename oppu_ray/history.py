@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from oppu_ray.config import DataConfig, TaskConfig
 from oppu_ray.core import Item, Rejected, UserHistory
-from oppu_ray.formats import RawUser, bounded_lines, read_users, short
+from oppu_ray.formats import RawUser, bounded_lines, read_users, short, user_name
 from oppu_ray.tasks import Task, get_task, missing_fields, task_name
 
 ROLES = ("target", "base")
@@ -116,25 +117,29 @@ def read_items(path: Path, task: Task) -> list[Item]:
         ValueError: The file, line and value of the first thing that is wrong.
     """
     items = []
+    for number, line in bounded_lines(path):
+        try:
+            if isinstance(line, Rejected):
+                raise _Bad(line.value, line.reason)
+            if line.strip():
+                items.append(_item(json.loads(line), number, task))
+        except _Bad as bad:
+            raise ValueError(f"{path}: line {number}: {bad}; found {short(bad.value)}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number}: not valid JSON: {error}") from None
     try:
-        for number, line in bounded_lines(path):
-            try:
-                if isinstance(line, Rejected):
-                    raise _Bad(line.value, line.reason)
-                if line.strip():
-                    items.append(_item(json.loads(line), number, task))
-            except _Bad as bad:
-                raise ValueError(f"{path}: line {number}: {bad}; found {short(bad.value)}") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number}: not valid JSON: {error}") from None
         return _in_time_order(items)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except _Bad as bad:
+        raise ValueError(f"{path}: {bad}; the first without is {short(bad.value)}") from None
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """Writes `rejected.jsonl`: one JSON object a line with path, line, user_id, value and reason."""
-    path.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in rejected), encoding="utf-8")
+    """Writes `rejected.jsonl`: one JSON object a line with path, line, user_id, value and reason.
+
+    The value only where its user is known: no one else's could be forgotten.
+    """
+    shown = (entry if entry.user_id else replace(entry, value="") for entry in rejected)
+    path.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in shown), encoding="utf-8")
 
 
 def parse_time(time: str) -> datetime.datetime:
@@ -148,6 +153,8 @@ def parse_time(time: str) -> datetime.datetime:
         return datetime.datetime(year, month, day, tzinfo=datetime.UTC)
     if re.fullmatch(r"\d{9,10}", time):
         return datetime.datetime.fromtimestamp(int(time), tz=datetime.UTC)
+    if re.fullmatch(r"\d{11,}", time):  # milliseconds, of which the next line makes a year long ago
+        raise ValueError(f"{time}: expected Unix seconds")
     moment = datetime.datetime.fromisoformat(time)
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
 
@@ -163,8 +170,7 @@ def _check_options(data: DataConfig) -> None:
 
 
 def _reject(raw: RawUser, bad: _Bad) -> Rejected:
-    user_id = raw.record.get("user_id")
-    return Rejected(raw.path, raw.line, None if user_id is None else short(user_id), short(bad.value), str(bad))
+    return Rejected(raw.path, raw.line, user_name(raw.record.get("user_id")), short(bad.value), str(bad))
 
 
 # --- checking one user
@@ -176,6 +182,7 @@ def _check_user(raw: RawUser, task: Task, data: DataConfig) -> _User:
     user_id = _text(record, "user_id", "")
     if not user_id:
         raise _Bad(user_id, "user_id is missing; expected a string")
+    user_id = unicodedata.normalize("NFC", user_id)  # as the vault does: two forms of one id are one user
     role = record.get("role")
     if role is not None and role not in ROLES:
         raise _Bad(role, "role: expected 'target', 'base' or none")

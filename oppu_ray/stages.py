@@ -26,7 +26,7 @@ from oppu_ray.adapter_files import TENSORS_NAME
 from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
 from oppu_ray.config import Config, MemoryConfig, to_dict
-from oppu_ray.core import Pack, Prediction, TrainResult
+from oppu_ray.core import Pack, Prediction, TrainResult, UserHistory
 from oppu_ray.evaluation import Arm, answer_by_habit, format_table, parse_arm, summarise
 from oppu_ray.federated import drop_states, format_summary, summarise_rounds, train_rounds
 from oppu_ray.files import write_atomic
@@ -48,7 +48,9 @@ def prepare(config: Config) -> dict[str, Any]:
     with _result(config, "prepare") as result:
         users, rejected = load_histories(config.data, config.task, config.seed)
         with closing(open_vault(config)) as vault, vault.alone():
-            index = write_prepared(folder, users, keep=without_forgotten(vault))
+            keep = without_forgotten(vault)
+            index = write_prepared(folder, users, keep)
+            rejected = [one for one in rejected if not one.user_id or keep(UserHistory(one.user_id, "", ()))]
             write_rejected(folder / "rejected.jsonl", rejected)
         result["fingerprints"]["histories"] = index.fingerprint
         for role in ("target", "base"):

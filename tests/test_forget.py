@@ -28,7 +28,7 @@ from vault_tools import (
 from oppu_ray import stages
 from oppu_ray import vault as vault_module
 from oppu_ray.config import Config
-from oppu_ray.core import Item, UserHistory
+from oppu_ray.core import Item, Rejected, UserHistory
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import Receipt, forget_items, forget_user, read_receipt, verify_receipt, without_forgotten
 from oppu_ray.prepared import write_prepared
@@ -361,6 +361,19 @@ def test_who_returns_after_forgetting_can_have_an_item_forgotten(vault: Vault) -
     assert without_forgotten(vault)(ANN) == ANN
     forget_items(vault, "alice", ["2"])
     assert without_forgotten(vault)(ANN) == replace(ANN, items=(ANN.items[0], ANN.items[2]))
+
+
+def test_prepare_does_not_tell_again_why_a_forgotten_user_was_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vault = Vault(tmp_path / "run" / "vault")
+    vault.append_history("alice", ANN.items)
+    forget_items(vault, "alice", ["1"])
+    rejected = [Rejected("users.jsonl", 1, user, "canary 1", "no") for user in ("alice", "bob", None)]
+    monkeypatch.setattr("oppu_ray.stages.load_histories", lambda *_: ([replace(ANN, user_id="carol")], rejected))
+    assert stages.prepare(Config(run_dir=str(tmp_path / "run")))["num_rejected"] == 2
+    lines = (tmp_path / "run" / "prepare" / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["user_id"] for line in lines] == ["bob", None]
 
 
 @pytest.mark.parametrize(

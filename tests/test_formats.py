@@ -166,6 +166,23 @@ def test_a_bad_question_is_rejected_by_user_and_the_rest_goes_on(tmp_path: Path)
     assert reasons[None] == "record 5 of the list: expected an object, got a number"
 
 
+@pytest.mark.parametrize("missing", [{"user_id": None}, {"id": None}, {"user_id": True}])
+def test_a_question_of_nobody_is_rejected(tmp_path: Path, missing: dict[str, Any]) -> None:
+    asked = [{**question, **missing} for question in questions(("a", 1), ("b", 2))]
+    if "id" in missing:
+        asked = [{key: value for key, value in question.items() if key != "user_id"} for question in asked]
+    path, outputs = dump(tmp_path / "q.json", asked), dump(tmp_path / "o.json", golds(1, 2))
+    found = read(DataConfig(format="lamp", path=str(path), outputs_path=str(outputs)))
+    assert all(isinstance(raw, Rejected) and "user_id: expected a string" in raw.reason for raw in found)
+    assert len(found) == 2
+
+
+def test_a_cell_may_be_as_long_as_any_record(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [{"user_id": "ann", "text": "x" * 200_000}])
+    (record,) = records(DataConfig(format="table", path=str(path)))
+    assert len(record["history"][0]["text"]) == 200_000
+
+
 def test_invalid_utf8_in_a_list_costs_one_user(tmp_path: Path) -> None:
     path, outputs = dump(tmp_path / "q.json", questions(("a", 1), ("b", 2))), dump(tmp_path / "o.json", golds(1, 2))
     path.write_bytes(path.read_bytes().replace(b"film 3", b"film \xe9", 1))
@@ -250,11 +267,16 @@ def test_the_archive_with_its_odd_names_ids_and_dates(tmp_path: Path, targets: s
 def test_missing_files_are_errors_that_name_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="user_others.json does not exist; expected a JSON list"):
         read(DataConfig(format="oppu", path=str(tmp_path)))
-    with pytest.raises(ValueError, match="data.outputs_path: cannot read '.*train_outputs.json'"):
+    with pytest.raises(ValueError, match="data.outputs_path: .*train_outputs.json: .*cannot be read: No such file"):
         read(DataConfig(format="lamp", path=str(tmp_path)))
     with pytest.raises(ValueError, match="o.json: expected a JSON list, it starts with"):
         path = dump(tmp_path / "o.json", golds(1))
         read(DataConfig(format="lamp", path=str(path), outputs_path=str(path)))
+    for name in ("jsonl", "lamp"):
+        (tmp_path / "t" / "train_questions.json").mkdir(parents=True, exist_ok=True)
+        dump(tmp_path / "t" / "train_outputs.json", golds(1))
+        with pytest.raises(ValueError, match="/t.*: cannot be read: Is a directory"):
+            read(DataConfig(format=name, path=str(tmp_path / "t")))
     with pytest.raises(ValueError, match="data.path: '' does not exist; format 'jsonl' needs it"):
         read(DataConfig())
     with pytest.raises(ValueError, match="data.format: expected one of jsonl, .*, hf, chitchat, got 'xml'"):
@@ -364,9 +386,9 @@ def test_wrong_column_mappings_are_errors_that_list_the_columns(tmp_path: Path) 
     (tmp_path / "t.parquet").write_text("who,when")
     with pytest.raises(ValueError, match="t.parquet: not a Parquet file"):
         read(DataConfig(format="table", path=str(tmp_path / "t.parquet")))
-    (tmp_path / "wide.csv").write_text("user_id," + "x" * 200_000)
-    with pytest.raises(ValueError, match="wide.csv: expected a header line"):
-        read(DataConfig(format="table", path=str(tmp_path / "wide.csv")))
+    (tmp_path / "old.csv").write_bytes(b"user_id,text\rann,film\r")
+    with pytest.raises(ValueError, match="old.csv: expected a header line"):
+        read(DataConfig(format="table", path=str(tmp_path / "old.csv")))
     with pytest.raises(ValueError, match="reads .csv, .csv.gz and .parquet, got '.*t.xlsx'"):
         read(DataConfig(format="table", path=str(dump(tmp_path / "t.xlsx", 1))))
 

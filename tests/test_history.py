@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import random
@@ -202,6 +203,7 @@ BAD: dict[str, tuple[Line, str]] = {
     "label of wrong type": (user("bad", history=[item(1), item(2, label=True)]), "item i2: label: expected a string"),
     "time in some": (user("bad", history=[item(1), item(2, time=...)]), "1 of 2 items have no time"),
     "no such time": (user("bad", history=[item(1), item(2, time="yesterday")]), "item i2: time: expected a year"),
+    "milliseconds": (user("bad", history=[item(1), item(2, time="1610101000000")]), "item i2: time: expected a year"),
     "no such day": (user("bad", history=[item(1), item(2, time="2020-02-30")]), "item i2: time: expected a year"),
     "time of wrong type": (user("bad", history=[item(1), item(2, time=[1])]), "item i2: time: expected a string"),
     "escaped NUL": (
@@ -326,8 +328,30 @@ def test_rejected_jsonl_is_readable_whatever_was_rejected(tmp_path: Path) -> Non
     _, rejected = load(tmp_path, lines)
     write_rejected(tmp_path / "rejected.jsonl", rejected)
     written = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [Rejected(**entry) for entry in written] == rejected
+    assert [Rejected(**entry) for entry in written] == [
+        one if one.user_id else dataclasses.replace(one, value="") for one in rejected
+    ]
     assert len(written) == len(lines) - 1
+
+
+def test_what_is_rejected_names_its_user_whole_or_tells_nothing(tmp_path: Path) -> None:
+    """So that forgetting finds it."""
+    long, path = "ann of " + 30 * "anywhere ", tmp_path / "users.csv"
+    lines = [user("good"), user(f" {long} ", history=[]), f'{{"user_id": "{long}", "history": ["my secret'.encode()]
+    _, rejected = load(tmp_path, lines)
+    assert [one.user_id for one in rejected] == [long.strip(), long.strip()]
+    good = "".join(f"ann,{number},comedy\n" for number in range(3))
+    path.write_text(f"user_id,text,label\n{good}ann,my secret\n")
+    _, rejected = load_histories(DataConfig(format="table", path=str(path)), MOVIES, 0)
+    write_rejected(tmp_path / "rejected.jsonl", rejected)
+    (written,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert "ann" not in written and "secret" not in written and "expected 3 columns" in written
+
+
+def test_two_normal_forms_of_an_id_are_one_user(tmp_path: Path) -> None:
+    users, (rejected,) = load(tmp_path, [user("ren\u00e9"), user("rene\u0301")])
+    assert [one.user_id for one in users] == ["ren\u00e9"]
+    assert rejected.reason == "user_id is there twice, first in line 1; this record is left out"
 
 
 def test_no_corruption_of_a_file_escapes_as_another_error(tmp_path: Path) -> None:
