@@ -144,7 +144,10 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
                 vault.replace_file(user_hash, f"history/{number:06d}.jsonl", encode_items(left))
         after = set(_inventory(vault, user_hash))
         removed = [pair for pair in before if pair not in after] + outside
-        return _receipt(vault, user_hash, tuple(sorted(hashes.values())), before, removed, needs_training=bool(gone))
+        needs_training = bool(
+            gone or begun.intersection(hashes.values())
+        )  # in a call that was cut short they went, too
+        return _receipt(vault, user_hash, tuple(sorted(hashes.values())), before, removed, needs_training)
 
 
 def without_forgotten(vault: Vault) -> Keep:
@@ -155,9 +158,9 @@ def without_forgotten(vault: Vault) -> Keep:
         user_hash = _hash_of(vault, user.user_id)
         if user_hash in users and not vault.registry.has_user(user_hash):
             return None
-        theirs = items.get(user_hash, set())
-        is_gone = (lambda item_id: _item_hash(vault, user_hash, item_id) in theirs) if theirs else None
-        return _keep(vault, user_hash, user, is_gone) if is_gone else user
+        if theirs := items.get(user_hash):
+            return _keep(vault, user_hash, user, lambda item_id: _item_hash(vault, user_hash, item_id) in theirs)
+        return user
 
     return keep
 

@@ -327,9 +327,8 @@ def _forget(place: Place, options: argparse.Namespace) -> Shown:
 def _consequences(place: Place, receipt: Receipt) -> list[str]:
     removed = [Path(path) for path, _ in receipt.removed]
     for run in place.folders:
-        if any(
-            path.is_relative_to((run / "adapt").resolve()) for path in removed
-        ):  # in a suite it may be another run's
+        task_base = (run / "adapt").resolve()  # in a suite it may be another run's
+        if any(path.is_relative_to(task_base) for path in removed):
             return [f"they were a base user of {run}: its task base is gone; run `adapt` and `train` again"]
     return ["no other user's adapter depended on this: each is trained on its own user's items only"]
 

@@ -433,6 +433,14 @@ def test_a_forgotten_base_user_takes_the_task_base_along(
     oppu("run", config)
     assert json.loads((run / "train" / "result.json").read_text())["num_trained"] == 4
     assert holding(run, "canary-of-user-8") == set()
+    variant = run.parent / "variant"  # as in a suite
+    variant.mkdir()
+    for name in ("prepare", "adapt", "vault"):
+        (variant / name).symlink_to(run / name)
+    capsys.readouterr()
+    assert main(["users", "forget", "user-9", "--yes", "--vault", str(variant)]) == 0
+    assert "run `adapt` and `train` again" in capsys.readouterr().out
+    assert holding(run, "canary-of-user-9") == set() and not (run / "adapt").exists()
 
 
 def test_by_the_whole_hash_a_user_is_forgotten_again(
