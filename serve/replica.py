@@ -9,6 +9,7 @@ stall health checks, admissions and every other answer's tokens.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import queue
 import secrets
@@ -32,7 +33,7 @@ from oppu_ray.evaluation import stop_ids
 from oppu_ray.inference import Engine
 from oppu_ray.kernels import return_freed_memory
 from oppu_ray.memory import Memories
-from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
+from oppu_ray.packing import Tokenize, encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.refresh import open_task_base
 from oppu_ray.registry import RegistryError, UserHash, Version
 from oppu_ray.tasks import get_task, make_prompt, memory_line
@@ -204,7 +205,9 @@ class Replica:
         self.config, self.base, self.vault, self.name, self._measure = config, base, vault, name, measure
         self.task = get_task(config.task)
         self._stop_ids = stop_ids(base)
-        self._tokenize = plain_tokenizer(base.tokenizer)
+        # Whether text may spell special tokens is a state of a tokenizer, and loaders are threads: so one for each way.
+        self._tokenize = plain_tokenizer(copy.deepcopy(base.tokenizer))
+        self._start = first_tokens(base.tokenizer)
         memory = replace(config.memory, top_k=MAX_TOP_K)  # the best k are the first k of these
         self._memories = Memories(replace(config, memory=memory), vault, generate=lambda prompts: ())
         self._num_forgotten: Counter[str] = Counter()
@@ -303,7 +306,6 @@ class Replica:
         items: tuple[tuple[str, str], ...] = ()
         labels: tuple[tuple[int, ...], ...] = ()
         num_new = ask.max_tokens or config.serve.max_new_tokens
-        start = first_tokens(self.base.tokenizer)
         if isinstance(ask.question, Item):
             labels = tuple(tuple(self._tokenize(" " + label)) for label in self.task.labels)
             # A label is never cut short: it would be another one, or none.
@@ -311,11 +313,11 @@ class Replica:
             prompt, items = self._remember(ask, ask.question)
             room = config.personal.max_length - config.evaluate.max_new_tokens
             room += config.memory.max_tokens if items else 0
-            ids = encode_prompt(prompt, self._tokenize, min(room, config.serve.max_length - num_new), start)
+            ids = encode_prompt(prompt, self._tokenize, min(room, config.serve.max_length - num_new), self._start)
         elif isinstance(ask.question, str):
-            ids = (*start, *self._tokenize(ask.question))
+            ids = (*self._start, *self._tokenize(ask.question))
         else:
-            ids = encode_chat(self.base.tokenizer, ask.question)
+            ids = encode_chat(self.base.tokenizer, self._tokenize, ask.question)
         if len(ids) + num_new > config.serve.max_length:
             message = f"{len(ids)} prompt tokens and {num_new} to generate: expected at most {config.serve.max_length}"
             raise _Refusal(400, "context_length_exceeded", message)
@@ -434,8 +436,11 @@ def make_engine(config: Config, base: Base) -> Engine:
     return engine
 
 
-def encode_chat(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:
+def encode_chat(tokenizer: Any, tokenize: Tokenize, turns: Sequence[Turn]) -> tuple[int, ...]:
     """A chat in the base's own template, every message as plain text: what a user types never becomes a control token.
+
+    Args:
+        tokenize: For the messages, from a `plain_tokenizer`.
 
     Raises:
         _Refusal: The base has no template, or its template refuses these roles.
@@ -454,7 +459,7 @@ def encode_chat(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:
         if not found:
             raise _Refusal(400, "bad_request", f"messages: the base's chat template has no place for a {turn.role}'s")
         ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += plain_tokenizer(tokenizer)(turn.content)
+        ids += tokenize(turn.content)
     return (*ids, *tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -19,6 +19,7 @@ from vault_tools import make_adapter, make_manifest
 from oppu_ray.base_model import Base, load_base
 from oppu_ray.config import BaseConfig, Config, ServeConfig, TaskConfig
 from oppu_ray.core import Item
+from oppu_ray.packing import plain_tokenizer
 from oppu_ray.vault import Vault
 from serve.messages import Ask, Delta, Event, Failed, Finished, Started, Turn
 from serve.replica import Replica, encode_chat
@@ -202,17 +203,56 @@ def test_what_a_user_types_never_becomes_a_control_token(base: Base, replica: Re
     plain = [Turn("system", "be kind"), Turn("user", "the movie"), Turn("assistant", "ok"), Turn("user", "a day")]
     messages = [{"role": turn.role, "content": turn.content} for turn in plain]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert encode_chat(tokenizer, plain) == tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    tokenize = plain_tokenizer(tokenizer)
+    assert encode_chat(tokenizer, tokenize, plain) == tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     hostile = [replace(turn, content=turn.content + CONTROL) for turn in plain]
     counts = [
         [ids.count(token) for token in control]
-        for ids in (encode_chat(tokenizer, plain), encode_chat(tokenizer, hostile))
+        for ids in (encode_chat(tokenizer, tokenize, plain), encode_chat(tokenizer, tokenize, hostile))
     ]
     assert counts[0] == counts[1]
     for text in (CONTROL, Item("", text=f"a film {CONTROL}")):
         prepared, _, _ = replica._prepare(question(replica, text=text))
         start = prepared.prompt_ids[0] if prepared.prompt_ids[0] in control else None
         assert not control & set(prepared.prompt_ids[start is not None :])
+
+
+class Interrupted:
+    """The Rust half of a tokenizer: before it encodes, other threads have done so."""
+
+    def __init__(self, inner: Any, others: Callable[[], None]):
+        vars(self).update(inner=inner, others=others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    def encode_batch(self, *args: Any, **more: Any) -> Any:
+        self.others()
+        return self.inner.encode_batch(*args, **more)
+
+
+@pytest.mark.parametrize("other", [CONTROL, (Turn("user", CONTROL),)], ids=["text", "chat"])
+def test_prompts_that_are_tokenised_at_once_do_not_change_each_other(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, other: Any
+) -> None:
+    def encode(text: Any) -> tuple[int, ...]:
+        return replica._prepare(question(replica, text=text))[0].prompt_ids
+
+    def others() -> None:
+        nonlocal is_other
+        if not is_other:
+            is_other = True
+            encode(other)
+            is_other = False
+
+    tokenizer: Any = replica.base.tokenizer
+    plain, chat, is_other = f"a film {CONTROL}", (Turn("user", f"hi {CONTROL}"),), False
+    alone = encode(plain), encode(chat)
+    monkeypatch.setattr(tokenizer, "_tokenizer", Interrupted(tokenizer._tokenizer, others))
+    assert (encode(plain), encode(chat)) == alone
 
 
 def test_what_does_not_fit_is_refused_and_what_is_asked_as_in_training_is_cut(replica: Replica, base: Base) -> None:
