@@ -27,7 +27,7 @@ from oppu_ray.registry import Token, UserHash
 from oppu_ray.tasks import get_task, missing_fields
 from oppu_ray.vault import Vault
 from serve.api import Body, User
-from serve.guard import error, signed_in
+from serve.guard import RETRY_AFTER_S, error, signed_in
 from serve.messages import Backend
 
 MAX_ITEMS_PER_REQUEST = 1000
@@ -191,6 +191,8 @@ async def refresh(request: Request, user: User) -> dict[str, Any]:
     started = await _backend(request).start_refresh(_of(user))
     if started.state == "refused":
         raise error(503, "queue_full", "too many users wait to be trained; try again later", 60)
+    if started.state == "unknown":
+        raise error(503, "trainer_lost", "the trainer is being replaced; try again", RETRY_AFTER_S)
     return asdict(started)
 
 

@@ -10,6 +10,7 @@ token, and only steers which replica has the adapter resident.
 # No `from __future__ import annotations`: Serve reads the annotation of `build_app`, and ignores one that is a string.
 
 import asyncio
+import logging
 import urllib.request
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ from oppu_ray.vault import open_vault
 from serve.guard import RETRY_AFTER_S
 from serve.messages import Ask, Event, Failed, Refresh
 
+logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 DRAIN_S = 10.0
 """What a replica has beyond the longest deadline to end what it does, when it is replaced."""
@@ -187,8 +189,11 @@ class RayBackend:
                 answer.cancel()
 
     async def start_refresh(self, user_hash: str) -> Refresh:
-        """See `Trainer.start`."""
-        return await self._trainer.start.remote(user_hash)
+        """See `Trainer.start`; "unknown" while the trainer is being replaced."""
+        try:
+            return await self._trainer.start.remote(user_hash)
+        except (RayError, RayServeException):
+            return Refresh("unknown")
 
     async def refresh_status(self, user_hash: str) -> Refresh:
         """See `Trainer.status`; "unknown" while the trainer is being replaced."""
@@ -199,7 +204,10 @@ class RayBackend:
 
     async def forget(self, user_hash: str) -> None:
         """Every replica drops the user; one that dies meanwhile has dropped them too."""
-        await self._engine.broadcast("forget", user_hash).results_async(timeout_s=10, return_exceptions=True)
+        try:
+            await self._engine.broadcast("forget", user_hash).results_async(timeout_s=10, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError) as error:  # the vault has forgotten: the receipt must go out
+            logger.error("user %s: replicas were not told to forget: %s", user_hash[:12], type(error).__name__)
 
     async def metrics(self) -> str:
         """Our own metrics of all processes, from the exporters of the cluster's nodes."""

@@ -115,7 +115,10 @@ Event = Started | Delta | Finished | Failed
 
 @dataclass(frozen=True)
 class Refresh:
-    """How far a user's training has come. `state`: idle, queued, training, done, failed; refused: the queue is full."""
+    """How far a user's training has come.
+
+    `state`: idle, queued, training, done, failed; refused: the queue is full; unknown: the trainer cannot be reached.
+    """
 
     state: str = "idle"
     num_steps_done: int = 0

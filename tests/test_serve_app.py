@@ -22,9 +22,10 @@ import pytest
 import yaml
 from line_tools import oppu, tagging_user, write_config, write_users
 from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
-from serve_tools import CONFIG
+from serve_tools import CONFIG, token_of
+from starlette.testclient import TestClient
 from tiny import tiny_base
 
 from oppu_ray.config import Config, load_config
@@ -34,6 +35,7 @@ from serve import trainer
 from serve.app import RayBackend, ServeArgs, build_app
 from serve.messages import Ask, Event, Failed, Started
 from serve.trainer import Trainer
+from serve.web import create_web
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,6 +148,44 @@ def test_what_ray_raises_becomes_a_503_and_the_rest_of_the_request_is_cancelled(
     assert isinstance(failed, Failed) and (failed.status, failed.code) == (503, "overloaded")
     started, failed = asyncio.run(ask([Started(None, "", (), 1, 0.0)], ActorDiedError()))
     assert isinstance(failed, Failed) and (failed.status, failed.code) == (503, "replica_lost")
+
+
+class Lost:
+    """A deployment without replicas: its handle raises `error` at every call, or when the answer is awaited."""
+
+    def __init__(self, error: Exception, is_late: bool):
+        self.error, self.is_late, self.start, self.status = error, is_late, self, self
+
+    def remote(self, user_hash: str) -> Any:
+        return self.results_async(0, True)
+
+    def broadcast(self, method: str, user_hash: str) -> Lost:
+        if self.is_late:
+            return self
+        raise self.error
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_late"),
+    [(DeploymentUnavailableError("Engine"), False), (TimeoutError(), True), (ActorDiedError(), True)],
+    ids=["unavailable", "timeout", "died"],
+)
+def test_the_receipt_of_a_forgotten_user_goes_out_while_no_replica_runs(
+    tmp_path: Path, error: Exception, is_late: bool
+) -> None:
+    lost: Any = Lost(error, is_late)
+    backend = RayBackend(replace(CONFIG, run_dir=str(tmp_path)), lost, lost)
+    backend.vault.add_users(["ann"])
+    headers = {"Authorization": f"Bearer {token_of(backend.vault, 'ann')}"}
+    client = TestClient(create_web(backend, CONFIG, lambda route, status: None), headers=headers)
+    if not isinstance(error, TimeoutError):
+        lost_trainer = client.post("/v1/me/refresh")
+        assert lost_trainer.status_code == 503 and lost_trainer.headers["retry-after"] == "1"
+    assert client.delete("/v1/me").json()["signature"]
+    backend.vault.close()
 
 
 def test_the_serve_config_is_one_and_keeps_to_this_machine() -> None:
