@@ -70,6 +70,8 @@ def signed_in(*roles: str) -> Callable[[Request], Coroutine[Any, Any, Token]]:
 class Guard:
     """ASGI middleware: reads the body up to a limit before the app sees it, and adds the security headers.
 
+    What the app raises ends here: Starlette and Serve would log the traceback, and it can hold a user's text.
+
     Args:
         count: Called with (path of the route, status) of every response.
     """
@@ -82,8 +84,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        is_started = False
+
         async def send_safely(message: Message) -> None:
+            nonlocal is_started
             if message["type"] == "http.response.start":
+                is_started = True
                 own = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
                 message["headers"] = [*message["headers"], *own]
                 route = scope.get("route")
@@ -109,7 +115,13 @@ class Guard:
                 return {"type": "http.request", "body": pending.pop(), "more_body": False}
             return await receive()
 
-        await self.app(scope, replay, send_safely)
+        try:
+            await self.app(scope, replay, send_safely)
+        except Exception as fault:
+            logger.error("%s failed: %s", getattr(scope.get("route"), "path", "unknown"), type(fault).__name__)
+            if not is_started:
+                broken = JSONResponse(error_body("internal_error", "the request failed; it is logged"), 500)
+                await broken(scope, replay, send_safely)
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -153,8 +165,3 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ValueError)
     async def wrong(request: Request, reason: ValueError) -> JSONResponse:
         return JSONResponse(error_body("bad_request", str(reason)), 400)
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, reason: Exception) -> JSONResponse:
-        logger.error("%s failed: %s", request.url.path, type(reason).__name__)
-        return JSONResponse(error_body("internal_error", "the request failed; it is logged"), 500)

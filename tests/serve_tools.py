@@ -80,7 +80,7 @@ def web_of(folder: Path, config: Config = CONFIG) -> tuple[FakeBackend, Callable
 
     def client(token: str | None) -> TestClient:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        return TestClient(app, headers=headers, raise_server_exceptions=False)
+        return TestClient(app, headers=headers)
 
     return backend, client
 

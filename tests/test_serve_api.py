@@ -360,6 +360,26 @@ def test_no_text_and_no_user_reaches_the_metrics_and_all_answers_carry_the_guard
     assert {"/v1/me", "/v1/me/versions"} <= counted and not any("nothing" in route for route in counted)
 
 
+def test_a_fault_of_ours_is_counted_and_guarded_and_only_its_kind_is_logged(
+    web: Web, ann: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, _ = web
+
+    def broken(*_: Any) -> None:
+        raise KeyError("the canary of ann")
+
+    monkeypatch.setattr(backend.vault, "read_history", broken)
+    response = ann.get("/v1/me/history")
+    assert code(response) == (500, "internal_error") and "canary" not in response.text + caplog.text
+    assert response.headers["cache-control"] == "no-store" and "KeyError" in caplog.text
+    assert backend.counted == [("/v1/me/history", 500)]
+    monkeypatch.setattr("serve.api._line", broken)
+    caplog.clear()
+    response = ann.post("/v1/completions", json={"prompt": "a", "stream": True})
+    assert response.status_code == 200 and not response.text, "what has begun can only be cut off"
+    assert "KeyError" in caplog.text and "canary" not in caplog.text
+
+
 def test_operators_make_users_and_tokens(web: Web) -> None:
     backend, client = web
     operator = client(token_of(backend.vault, None, "operator"))
