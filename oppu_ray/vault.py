@@ -57,6 +57,10 @@ class CorruptError(ValueError):
     """Stored bytes are not what was committed."""
 
 
+class DiskError(ValueError):
+    """The disk under the vault failed, or is full."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The lineage of one adapter version: enough to say what it is, and to train it again.
@@ -769,8 +773,8 @@ def _reason(error: OSError) -> str:
 
 @contextmanager
 def disk_errors(user_hash: str, verb: str) -> Iterator[None]:
-    """OSError -> ValueError that says for whom, what and where."""
+    """OSError -> DiskError that says for whom, what and where."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"could not {verb} user {user_hash[:12]}: {_reason(error)}") from error
+        raise DiskError(f"could not {verb} user {user_hash[:12]}: {_reason(error)}") from error

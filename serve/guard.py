@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oppu_ray.registry import Refused, RegistryError, Token
+from oppu_ray.vault import CorruptError, DiskError
 from serve.messages import Backend
 
 MAX_BODY_BYTES = 512 * 1024
@@ -161,6 +162,17 @@ def add_error_handlers(app: FastAPI) -> None:
         logger.error("%s", reason)
         body = error_body("registry_unavailable", "the registry cannot be reached; try again")
         return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(CorruptError)
+    async def damaged(request: Request, reason: CorruptError) -> JSONResponse:
+        logger.error("%s", reason)
+        return JSONResponse(error_body("corrupt_data", "your stored data is damaged; the operator is told"), 500)
+
+    @app.exception_handler(DiskError)
+    async def no_disk(request: Request, reason: DiskError) -> JSONResponse:
+        logger.error("%s", reason)
+        body = error_body("disk_unavailable", "the disk is full or cannot be reached; try again later")
+        return JSONResponse(body, 503, {"Retry-After": "60"})
 
     @app.exception_handler(ValueError)
     async def wrong(request: Request, reason: ValueError) -> JSONResponse:

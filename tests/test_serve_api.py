@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
+import os
 import threading
 import zipfile
 from collections.abc import Callable
@@ -378,6 +380,27 @@ def test_a_fault_of_ours_is_counted_and_guarded_and_only_its_kind_is_logged(
     response = ann.post("/v1/completions", json={"prompt": "a", "stream": True})
     assert response.status_code == 200 and not response.text, "what has begun can only be cut off"
     assert "KeyError" in caplog.text and "canary" not in caplog.text
+
+
+def test_a_damaged_history_and_a_full_disk_are_faults_of_ours_and_show_no_path(
+    web: Web, ann: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vault = web[0].vault
+    vault.append_history("ann", [Item("1", text="a", label="comedy")])
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(vault.root))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("oppu_ray.vault.write_file", full)
+        response = ann.post("/v1/me/history", json={"items": [{"text": "b", "label": "action"}]})
+    assert code(response) == (503, "disk_unavailable") and response.headers["retry-after"]
+    assert str(vault.root) not in response.text and str(vault.root) in caplog.text
+    segment = vault.user_folder(vault.user_hash("ann")) / "history" / "000001.jsonl"
+    segment.write_bytes(segment.read_bytes()[:-3] + b"xx\n")
+    for path in ("/v1/me", "/v1/me/history", "/v1/me/export"):
+        response = ann.get(path)
+        assert code(response) == (500, "corrupt_data") and "jsonl" not in response.text
 
 
 def test_operators_make_users_and_tokens(web: Web) -> None:
