@@ -129,8 +129,8 @@ class _Answer:
     finished: Finished
 
 
-# From (text, log-probabilities, finish reason, whether it is a piece of a stream) to OpenAI's `choices[0]`.
-_Choice = Callable[[str, Sequence[TokenLogprob], str | None, bool], dict[str, Any]]
+# From (text, log-probabilities, finish reason, number of the stream's piece or None) to OpenAI's `choices[0]`.
+_Choice = Callable[[str, Sequence[TokenLogprob], str | None, int | None], dict[str, Any]]
 
 
 @router.get("/models")
@@ -293,7 +293,7 @@ async def _respond(request: Request, ask: Ask, body: Sampling, kind: str, choice
     head = {"id": f"{kind.split('.')[0]}-{ask.request_id}", "created": int(time.time()), "model": body.model}
     if not body.stream:
         answer = await _collect(events)
-        choices = [choice(answer.text, answer.logprobs, answer.finished.reason, False)]
+        choices = [choice(answer.text, answer.logprobs, answer.finished.reason, None)]
         usage = _usage(answer.started, answer.num_tokens)
         content = {**head, "object": kind, "choices": choices, "usage": usage}
         return JSONResponse(content, headers=_headers(answer.started))
@@ -307,16 +307,17 @@ async def _respond(request: Request, ask: Ask, body: Sampling, kind: str, choice
 async def _stream(
     events: AsyncGenerator[Event, None], started: Started, head: dict[str, Any], choice: _Choice, with_usage: bool
 ) -> AsyncGenerator[str, None]:
-    num_tokens = 0
+    number = num_tokens = 0
     ended = False
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Delta):
                 num_tokens += event.num_tokens
-                yield _line({**head, "choices": [choice(event.text, event.logprobs, None, True)]})
+                yield _line({**head, "choices": [choice(event.text, event.logprobs, None, number)]})
+                number += 1
             elif isinstance(event, Finished):
                 ended = True
-                yield _line({**head, "choices": [choice("", (), event.reason, True)]})
+                yield _line({**head, "choices": [choice("", (), event.reason, number)]})
                 if with_usage:
                     yield _line({**head, "choices": [], "usage": _usage(started, num_tokens)})
             elif isinstance(event, Failed):
@@ -341,7 +342,7 @@ def _usage(started: Started, num_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": num_prompt, "completion_tokens": num_tokens, "total_tokens": num_prompt + num_tokens}
 
 
-def _chat_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None, is_piece: bool) -> dict[str, Any]:
+def _chat_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None, piece: int | None) -> dict[str, Any]:
     content = [
         {
             "token": one.token,
@@ -353,12 +354,14 @@ def _chat_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None
         }
         for one in logprobs
     ]
-    message = {"role": "assistant", "content": text}
+    # Clients add pieces up: the first alone has the role, and the last, with the reason, nothing.
+    message = ({} if piece else {"role": "assistant"}) | ({} if piece is not None and reason else {"content": text})
     shown = {"content": content} if content else None
-    return {"index": 0, "delta" if is_piece else "message": message, "logprobs": shown, "finish_reason": reason}
+    key = "message" if piece is None else "delta"
+    return {"index": 0, key: message, "logprobs": shown, "finish_reason": reason}
 
 
-def _text_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None, is_piece: bool) -> dict[str, Any]:
+def _text_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None, piece: int | None) -> dict[str, Any]:
     shown = {
         "tokens": [one.token for one in logprobs],
         "token_logprobs": [one.logprob for one in logprobs],

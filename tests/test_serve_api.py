@@ -247,6 +247,12 @@ def test_the_openai_client_works(web: Web, ann: TestClient) -> None:
     )
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == " a short answer"
     assert pieces[-1].usage and pieces[-1].usage.completion_tokens == 3
+    deltas = [piece.choices[0].delta.model_dump(exclude_unset=True) for piece in pieces if piece.choices]
+    first, last = {"role": "assistant", "content": " a"}, {}
+    assert deltas == [first, {"content": " short"}, {"content": " answer"}, last]
+    with client.chat.completions.stream(model="oppu", messages=messages) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert (message.role, message.content) == ("assistant", " a short answer")
     text = client.completions.create(model="task", prompt="a", logprobs=1)
     assert text.choices[0].text == " a short answer" and not backend.asked[-1].use_adapter
     assert text.choices[0].logprobs and text.choices[0].logprobs.tokens == ["a", "short", "answer"]
