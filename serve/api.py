@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from oppu_ray.config import Config
 from oppu_ray.core import Item
@@ -35,9 +36,16 @@ User = Annotated[Token, Depends(signed_in("user"))]
 
 
 class Body(BaseModel):
-    """A request body: unknown fields are errors."""
+    """A request body: unknown fields are errors, and a null is as if the field were not there, as clients send it."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return (
+            {key: value for key, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+        )
 
 
 class TextPart(Body):
@@ -48,30 +56,35 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One message of a chat."""
+    """One message of a chat. `name` is ignored; developer is OpenAI's newer word for system."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+    name: str | None = None
 
     def turn(self) -> Turn:
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return Turn(self.role, text)
+        return Turn("system" if self.role == "developer" else self.role, text)
 
 
 class StreamOptions(Body):
-    """Whether the last event of a stream tells the usage."""
+    """Whether the last event of a stream tells the usage; `include_obfuscation` is ignored."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class Sampling(Body):
-    """What chat and text completions share. Greedy unless a temperature is given; `user` is ignored."""
+    """What chat and text completions share. Greedy unless a temperature is given; `user` is ignored.
+
+    `seed`: drawn anew for every request that has none.
+    """
 
     model: str = "oppu"
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0.0, le=2.0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0.0, le=1.0, allow_inf_nan=False)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -210,7 +223,7 @@ def _sampled(request: Request, user: Token, body: Sampling, question: str | tupl
         max_tokens=_checked_length(request, body.max_tokens),
         temperature=body.temperature,
         top_p=body.top_p,
-        seed=body.seed,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
         stop=tuple(stops),
         stream=body.stream,
         deadline_s=request.app.state.config.serve.deadline_s,

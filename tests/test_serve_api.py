@@ -264,6 +264,34 @@ def test_the_openai_client_works(web: Web, ann: TestClient) -> None:
         list(client.completions.create(model="oppu", prompt="a", stream=True))
 
 
+def test_what_openais_clients_may_send_is_taken(web: Web, ann: TestClient) -> None:
+    backend, _ = web
+    reply = openai.types.chat.ChatCompletionMessage(role="assistant", content="hello")
+    messages = [
+        {"role": "developer", "content": "s"},
+        {"role": "user", "content": "hi", "name": "Ann"},
+        reply.model_dump(),
+        {"role": "user", "content": "bye"},
+    ]
+    names = ("temperature", "top_p", "seed", "n", "stream", "stop", "logprobs", "top_logprobs", "max_tokens", "tools")
+    nulls = dict.fromkeys(names)
+    assert ann.post("/v1/chat/completions", json={"messages": messages, **nulls}).status_code == 200
+    turns = backend.asked[-1].question
+    assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]  # type: ignore[union-attr]
+    assert ann.post("/v1/completions", json={"prompt": "a", "seed": -1, "n": None}).status_code == 200
+    assert backend.asked[-1].seed == -1
+    options = {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": True}}
+    assert ann.post("/v1/completions", json={"prompt": "a", **options}).status_code == 200
+    assert code(ann.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": None}]}))[0] == 400
+
+
+def test_every_request_without_a_seed_has_one_of_its_own(web: Web, ann: TestClient) -> None:
+    for _ in range(2):
+        assert ann.post("/v1/completions", json={"prompt": "a", "temperature": 1.0}).status_code == 200
+    first, second = web[0].asked
+    assert first.seed != second.seed
+
+
 def test_failures_of_the_engine_are_told_with_their_status(web: Web, ann: TestClient) -> None:
     backend, _ = web
     backend.fail_with = Failed(503, "overloaded", "too many requests wait")
