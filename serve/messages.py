@@ -33,7 +33,7 @@ class Ask:
         question: A text to continue, a chat, or an item of the run's task, asked as in training.
         use_adapter: Answer with the user's own adapter; False means the shared model.
         top_k: How many of the user's own items to put in the prompt (items only).
-        max_tokens: Most tokens to generate; None: as many as evaluation allows.
+        max_tokens: Most tokens to generate; None: what evaluation or the service allows, or less if no more fit.
         num_logprobs: How many alternatives per token to report; None: no log-probabilities at all.
         stream: Whether pieces are wanted as they come, or the text at the end.
         deadline_s: Seconds from now after which nobody waits for the answer.

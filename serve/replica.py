@@ -318,6 +318,8 @@ class Replica:
             ids = (*self._start, *self._tokenize(ask.question))
         else:
             ids = encode_chat(self.base.tokenizer, self._tokenize, ask.question)
+        if ask.max_tokens is None and not labels:
+            num_new = max(1, min(num_new, config.serve.max_length - len(ids)))
         if len(ids) + num_new > config.serve.max_length:
             message = f"{len(ids)} prompt tokens and {num_new} to generate: expected at most {config.serve.max_length}"
             raise _Refusal(400, "context_length_exceeded", message)

@@ -259,6 +259,9 @@ def test_what_does_not_fit_is_refused_and_what_is_asked_as_in_training_is_cut(re
     assert failure(replica, text="word " * 400).code == "context_length_exceeded"
     assert failure(replica, text=(Turn("user", "word " * 400),)).code == "context_length_exceeded"
     assert failure(replica, text="word " * 40, max_tokens=280).code == "context_length_exceeded"
+    long = replica.base.tokenizer.decode(replica._tokenize("word " * 400)[:290])
+    prepared = replica._prepare(question(replica, text=long))[0]
+    assert len(prepared.prompt_ids) + prepared.max_new_tokens == CONFIG.serve.max_length
     config = replace(CONFIG, personal=replace(CONFIG.personal, max_length=250))
     replica.config = config
     started, _ = answer(replica, text=Item("", text="word " * 400))
