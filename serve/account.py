@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from oppu_ray.archive import export_user
@@ -41,6 +41,8 @@ Operator = Annotated[Token, Depends(signed_in("operator"))]
 class NewItem(Body):
     """One thing the user did; which fields count depends on the task. `item_id` and `time` are filled in if missing."""
 
+    model_config = ConfigDict(str_strip_whitespace=True)
+
     item_id: str | None = Field(None, min_length=1, max_length=200)
     time: str | None = Field(None, max_length=40)
     text: str = ""
@@ -61,8 +63,8 @@ class NewItem(Body):
             self.title,
             self.abstract,
             self.keywords,
-            tuple(self.context),
-            tuple(self.options),
+            tuple(filter(None, self.context)),
+            tuple(filter(None, self.options)),
         )
 
 
@@ -165,8 +167,9 @@ def append(request: Request, user: User, body: NewItems) -> dict[str, Any]:
     task, items = get_task(config.task), [new.item() for new in body.items]
     for item in items:
         missing = missing_fields(task, item)
-        if missing and not task.strategies:
-            raise error(400, "bad_request", f"item {item.item_id!r}: {task.name} needs the field {missing[0]!r}")
+        if missing and not (task.strategies and item.text):
+            field = "text" if task.strategies else missing[0]
+            raise error(400, "bad_request", f"item {item.item_id!r}: {task.name} needs the field {field!r}")
         if task.labels and item.label and item.label not in task.labels:
             raise error(400, "bad_request", f"item {item.item_id!r}: label: expected one of {', '.join(task.labels)}")
     vault = _backend(request).vault

@@ -10,6 +10,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from starlette.testclient import TestClient
 from vault_tools import make_adapter, make_manifest
 
 from oppu_ray.core import Item
+from oppu_ray.pairs import make_pairs
+from oppu_ray.tasks import get_task
 from serve.messages import Failed
 
 JSON = {"content-type": "application/json"}
@@ -155,6 +158,26 @@ def test_what_a_history_takes(web: Web, ann: TestClient) -> None:
     assert code(append()) == (400, "bad_request")
     assert code(append(*[good] * (CONFIG.serve.max_items + 1))) == (400, "history_full")
     assert append(good).json()["num_items"] == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "bad", "good"),
+    [
+        ("tweet_paraphrase", {}, {"text": "a tweet"}),
+        ("citation", {"title": "a"}, {"text": "a"}),
+        ("chat_reply", {"text": " \n", "context": ["hi"]}, {"text": "a", "context": ["hi"]}),
+        ("chat_reply", {"text": "a", "context": [" "]}, {"text": "a", "context": [" ", " hi "]}),
+    ],
+)
+def test_an_item_that_cannot_be_learnt_is_refused_before_it_blocks_all_others(
+    tmp_path: Path, task: str, bad: dict[str, Any], good: dict[str, Any]
+) -> None:
+    config = replace(CONFIG, task=replace(CONFIG.task, name=task))
+    backend, client = web_of(tmp_path, config)
+    ann = client(token_of(backend.vault, "ann"))
+    assert code(ann.post("/v1/me/history", json={"items": [bad]})) == (400, "bad_request")
+    assert ann.post("/v1/me/history", json={"items": [good]}).json()["num_items"] == 1
+    assert len(make_pairs(get_task(config.task), backend.vault.read_history("ann"), config.task)) == 1
 
 
 @pytest.mark.parametrize(
