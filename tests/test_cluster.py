@@ -21,10 +21,12 @@ import jsonschema
 import pytest
 import yaml
 from pydantic import ValidationError
+from vault_tools import empty_postgres
 
 from oppu_ray import __version__
 from oppu_ray.cli import STAGES
 from oppu_ray.config import load_config
+from oppu_ray.registry import Registry
 from oppu_ray.telemetry import SERVING_METRICS, TRAINING_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,20 +153,34 @@ def test_the_job_runs_a_command_of_this_repository_on_a_config_of_it() -> None:
     cpus = spec["rayClusterSpec"]["workerGroupSpecs"][0]
     num_cpus = cpus["replicas"] * int(cpus["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert config.workers.num_workers * config.workers.cpus_per_worker + spec["entrypointNumCpus"] <= num_cpus
-    assert config.run_dir.startswith("/data/")
+    assert config.run_dir.startswith("/data/") and config.vault.registry_url == "postgresql://"
 
 
 def test_serve_configs_fit_serves_schema_and_import_our_application() -> None:
     from ray.serve.schema import ServeDeploySchema
 
+    configs = []
     on_kubernetes = yaml.safe_load(read("kuberay/rayservice.yaml")["spec"]["serveConfigV2"])
     for values in (on_kubernetes, *(yaml.safe_load(path.read_text()) for path in ROOT.glob("serve/*.yaml"))):
         schema = ServeDeploySchema.model_validate(values)
         (application,) = schema.applications
         assert application.import_path == "serve.app:build_app" and application.route_prefix == "/"
         path = application.args["config"].replace(IMAGE_ROOT, str(ROOT))
-        load_config(ROOT / path, application.args.get("overrides", []))
+        configs.append(load_config(ROOT / path, application.args.get("overrides", [])))
+    assert configs[0].vault.registry_url == "postgresql://"
+    assert configs[0].serve.min_replicas == configs[0].serve.max_replicas == 2
     assert on_kubernetes["http_options"] == {"host": "0.0.0.0", "port": 8000, "request_timeout_s": 120}
+
+
+def test_a_registry_url_without_a_host_takes_what_the_pods_secret_says(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("HOST", postgres_url.split("host=")[1]), ("USER", "oppu"), ("DATABASE", "postgres")):
+        monkeypatch.setenv(f"PG{name}", value)
+    empty_postgres(postgres_url)
+    registry = Registry("postgresql://", b"key")
+    registry.add_users(["0" * 64])
+    assert Registry(postgres_url, b"key").has_user("0" * 64)
 
 
 # --- The image and DeepSpeed
@@ -239,6 +255,13 @@ def promtool() -> str:
     if not shutil.which("prometheus"):
         pytest.skip("no Prometheus here: apt-get install prometheus")
     return shutil.which("promtool") or "promtool"
+
+
+def test_an_alert_on_scraping_names_the_job_of_every_scraper() -> None:
+    (job,) = set(re.findall(r'job="(\w+)"', RULES.read_text()))
+    (config,) = read("prometheus/prometheus.yml")["scrape_configs"]
+    (endpoint,) = read("kuberay/podmonitor.yaml")["spec"]["podMetricsEndpoints"]
+    assert job == config["job_name"] and {"targetLabel": "job", "replacement": job} in endpoint["relabelings"]
 
 
 def test_prometheus_takes_the_rules(promtool: str) -> None:
