@@ -263,4 +263,4 @@ def audit(request: Request, operator: Operator, limit: int = 100) -> dict[str, A
     """The newest lines of the audit log, and whether its chain holds."""
     registry = _backend(request).vault.registry
     lines = [{**asdict(entry), "detail": json.loads(entry.detail)} for entry in registry.audit_log()]
-    return {"broken": registry.verify_audit(), "entries": lines[-max(limit, 0) :]}
+    return {"broken": registry.verify_audit(), "entries": lines[-limit:] if limit > 0 else []}

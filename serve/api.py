@@ -288,15 +288,16 @@ def _error_of(event: Failed) -> Exception:
 async def _collect(events: AsyncGenerator[Event, None]) -> _Answer:
     started = await _first(events)
     deltas: list[Delta] = []
-    async for event in events:
-        if isinstance(event, Failed):
-            raise _error_of(event)
-        if isinstance(event, Delta):
-            deltas.append(event)
-        if isinstance(event, Finished):
-            text = "".join(delta.text for delta in deltas)
-            logprobs = tuple(one for delta in deltas for one in delta.logprobs)
-            return _Answer(started, text, logprobs, sum(delta.num_tokens for delta in deltas), event)
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Failed):
+                raise _error_of(event)
+            if isinstance(event, Delta):
+                deltas.append(event)
+            if isinstance(event, Finished):
+                text = "".join(delta.text for delta in deltas)
+                logprobs = tuple(one for delta in deltas for one in delta.logprobs)
+                return _Answer(started, text, logprobs, sum(delta.num_tokens for delta in deltas), event)
     raise error(503, "replica_lost", "the replica that answered is gone; try again", RETRY_AFTER_S)
 
 
@@ -360,10 +361,8 @@ def _chat_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None
         {
             "token": one.token,
             "logprob": one.logprob,
-            "bytes": list(one.token.encode()),
-            "top_logprobs": [
-                {"token": token, "logprob": value, "bytes": list(token.encode())} for token, value in one.top
-            ],
+            "bytes": _bytes(one.token),
+            "top_logprobs": [{"token": token, "logprob": value, "bytes": _bytes(token)} for token, value in one.top],
         }
         for one in logprobs
     ]
@@ -372,6 +371,11 @@ def _chat_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None
     shown = {"content": content} if content else None
     key = "message" if piece is None else "delta"
     return {"index": 0, key: message, "logprobs": shown, "finish_reason": reason}
+
+
+def _bytes(token: str) -> list[int] | None:
+    """A token's UTF-8 bytes; None for one that is half a character, whose own bytes are not kept."""
+    return None if "\ufffd" in token else list(token.encode())
 
 
 def _text_choice(text: str, logprobs: Sequence[TokenLogprob], reason: str | None, piece: int | None) -> dict[str, Any]:

@@ -9,13 +9,15 @@ import json
 import os
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from fastapi import HTTPException
 from serve_tools import CONFIG, FakeBackend, token_of, web_of
 from starlette.testclient import TestClient
 from vault_tools import make_adapter, make_manifest
@@ -23,7 +25,8 @@ from vault_tools import make_adapter, make_manifest
 from oppu_ray.core import Item
 from oppu_ray.pairs import make_pairs
 from oppu_ray.tasks import get_task
-from serve.messages import Failed
+from serve.api import _collect
+from serve.messages import Event, Failed, Finished, Started
 
 JSON = {"content-type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -308,6 +311,34 @@ def test_what_openais_clients_may_send_is_taken(web: Web, ann: TestClient) -> No
     assert code(ann.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": None}]}))[0] == 400
 
 
+@pytest.mark.parametrize("last", [Finished("stop", 0.1, 0.2), Failed(503, "engine_failed", "gone")])
+def test_a_whole_answer_frees_its_place_before_it_is_sent(last: Event) -> None:
+    closed = []
+
+    async def answer() -> AsyncGenerator[Event, None]:
+        try:
+            yield Started(None, "", (), 1, 0.0)
+            yield last
+        finally:
+            closed.append(True)
+
+    async def run() -> None:
+        events = answer()
+        with suppress(HTTPException):
+            await _collect(events)
+        assert closed
+
+    asyncio.run(run())
+
+
+def test_half_a_character_has_no_bytes(web: Web, ann: TestClient) -> None:
+    web[0].text = "é \ufffd"
+    answer = ann.post("/v1/chat/completions", json={**CHAT, "logprobs": True}).json()
+    tokens = answer["choices"][0]["logprobs"]["content"]
+    assert [token["bytes"] for token in tokens] == [[0xC3, 0xA9], None]
+    assert [token["top_logprobs"][0]["bytes"] for token in tokens] == [[0xC3, 0xA9], None]
+
+
 def test_every_request_without_a_seed_has_one_of_its_own(web: Web, ann: TestClient) -> None:
     for _ in range(2):
         assert ann.post("/v1/completions", json={"prompt": "a", "temperature": 1.0}).status_code == 200
@@ -474,6 +505,8 @@ def test_operators_make_users_and_tokens(web: Web) -> None:
     assert eve.get("/v1/me").status_code == 401
     assert len(operator.get("/v1/admin/users").json()["users"]) == 3
     assert operator.get("/v1/admin/audit").json()["broken"] is None
+    lengths = [len(operator.get(f"/v1/admin/audit?limit={limit}").json()["entries"]) for limit in (-1, 0, 1)]
+    assert lengths == [0, 0, 1]
     for hostile in ("../../etc", "a\nb", "", "x" * 10_000, "a\x00"):
         status, _ = code(operator.post("/v1/admin/tokens", json={"user_id": hostile}))
         assert status == 400
