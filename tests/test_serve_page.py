@@ -54,6 +54,11 @@ def sign_in(tab: Browser, url: str, token: str) -> None:
     tab.open(url)
     tab.key("Tab", 9)
     assert tab.run("document.activeElement.id") == "token"
+    type_token(tab, token)
+
+
+def type_token(tab: Browser, token: str) -> None:
+    tab.run("document.querySelector('#token').focus()")
     tab.send("Input.insertText", text=token)
     tab.key("Enter", 13)
 
@@ -128,6 +133,87 @@ def test_all_that_a_user_can_do(service: tuple[FakeBackend, str], tab: Browser, 
     assert tab.run("document.querySelector('#desk').hidden && document.activeElement.id === 'token'")
     errors = [line for line in tab.log if "Failed to load resource" not in line]  # the page shows what was refused
     assert tab.run("document.title") == "Your personal model" and not errors, errors
+
+
+def test_a_training_is_watched_from_signing_in_until_signing_out(
+    service: tuple[FakeBackend, str], tab: Browser
+) -> None:
+    backend, url = service
+    backend.vault.add_users(["eve"])
+    token = token_of(backend.vault, "eve")
+    under_way, done = Refresh("training", 3, 9), Refresh("done", 9, 9, "000009-9")
+    backend.refreshes = [under_way, under_way, done]
+    sign_in(tab, url, token)
+    tab.until("document.querySelector('#status').innerText.includes('Version 000009-9 answers')")
+    assert not tab.run("document.querySelector('#refresh').disabled")
+
+    backend.refreshes = [under_way]
+    tab.open(url)
+    tab.run("window.setTimeout = (poll) => { window.poll = poll; }; 0")
+    type_token(tab, token)
+    tab.until("window.poll && !document.querySelector('#desk').hidden")
+    tab.click("#sign-out")
+    tab.run("window.fetch = async () => { throw new Error('asked by nobody'); }; window.poll(); 0")
+    assert status(tab) == "Signed out." and not tab.run("document.querySelector('#refresh').disabled")
+    backend.refreshes = [Refresh()]
+
+
+def test_the_receipt_is_shown_though_a_poll_is_refused_before_it_comes(
+    service: tuple[FakeBackend, str], tab: Browser
+) -> None:
+    backend, url = service
+    backend.vault.add_users(["eve"])
+    backend.refreshes = [Refresh("training", 3, 9)]
+    tab.open(url)
+    tab.run("window.setTimeout = (poll) => { window.poll = poll; }; 0")
+    type_token(tab, token_of(backend.vault, "eve"))
+    tab.until("window.poll && !document.querySelector('#desk').hidden")
+    tab.run("{ const real = window.fetch; window.fetch = async (path, options) => { const answer = await real(path, "
+            "options); if (options.method === 'DELETE') await new Promise((go) => { window.go = go; }); "
+            "return answer; } }")  # fmt: skip
+    tab.click("#forget")
+    tab.click("#sure button[value=yes]")
+    tab.until("!!window.go")
+    tab.run("window.poll(); 0")
+    tab.until("document.querySelector('#desk').hidden")
+    tab.run("window.go(); 0")
+    tab.until("document.querySelector('#status').innerText.startsWith('Forgotten. Receipt')")
+    backend.refreshes = [Refresh()]
+
+
+def test_an_answer_that_comes_late_is_not_shown_to_the_next_user(
+    service: tuple[FakeBackend, str], tab: Browser
+) -> None:
+    backend, url = service
+    backend.vault.add_users(["eve", "bob"])
+    sign_in(tab, url, token_of(backend.vault, "eve"))
+    tab.until("!document.querySelector('#desk').hidden")
+    tab.run("{ const real = window.fetch; window.late = []; window.fetch = (path, options) => path.endsWith('ize') "
+            "? new Promise((go) => window.late.push(go)) : real(path, options); }")  # fmt: skip
+    tab.fill("#ask-text", "the canary of eve")
+    tab.click("#ask button[type=submit]")
+    tab.until("window.late.length === 3")
+    tab.click("#sign-out")
+    type_token(tab, token_of(backend.vault, "bob"))
+    tab.until("!document.querySelector('#desk').hidden")
+    assert tab.run("document.querySelector('#ask-text').value") == ""
+    answer = "{answer: 'for eve', timings: {total_s: 1}, items: []}"
+    tab.run(f"window.late.forEach((go) => go(new Response(JSON.stringify({answer}))))")
+    tab.until("!document.querySelector('#ask button[type=submit]').disabled")
+    assert "of eve" not in tab.run("document.body.textContent") and status(tab) == "Signed in."
+    assert tab.run("document.querySelector('#answer-oppu').textContent") == ""
+
+
+def test_a_button_keeps_the_keyboards_focus(service: tuple[FakeBackend, str], tab: Browser) -> None:
+    backend, url = service
+    backend.vault.add_users(["eve"])
+    sign_in(tab, url, token_of(backend.vault, "eve"))
+    tab.until("!document.querySelector('#desk').hidden")
+    tab.run("document.querySelector('#export').focus()")
+    tab.key("Enter", 13)
+    tab.until("document.querySelector('#status').innerText === 'Exported.'")
+    tab.until("!document.querySelector('#export').disabled")
+    assert tab.run("document.activeElement.id") == "export"
 
 
 def test_nothing_comes_from_outside_and_the_policy_holds(service: tuple[FakeBackend, str], tab: Browser) -> None:

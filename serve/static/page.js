@@ -14,21 +14,26 @@ class Refused extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 
-async function call(method, path, body) {
+// What was asked for somebody who has signed out meanwhile: it is dropped, and nobody is told.
+class Left extends Error {}
+
+async function call(method, path, body, read = "json") {
+  const asked = token;
   const options = { method, headers: { Authorization: `Bearer ${token}` } };
   if (body !== undefined) {
     options.headers["Content-Type"] = "application/json";
     options.body = JSON.stringify(body);
   }
   const response = await fetch(path, options);
-  if (response.ok) return response;
-  let message = `the service answered ${response.status}`;
-  try { message = (await response.json()).error.message; } catch { /* not JSON: the status must do */ }
-  throw new Refused(response.status, message);
+  const content = await (response.ok ? response[read]() : response.json().catch(() => null)); // null: not JSON
+  // A receipt is not dropped: whom the service has forgotten is signed out here by the first other call that it refuses.
+  if (token !== asked && method !== "DELETE") throw new Left();
+  if (response.ok) return content;
+  throw new Refused(response.status, content?.error?.message ?? `the service answered ${response.status}`);
 }
 
-const get = async (path) => (await call("GET", path)).json();
-const post = async (path, body) => (await call("POST", path, body)).json();
+const get = (path) => call("GET", path);
+const post = (path, body) => call("POST", path, body);
 
 function say(text, isBad = false) {
   find("status").textContent = text;
@@ -45,15 +50,18 @@ function element(tag, text, className = "") {
 // Runs what a button or form does: one at a time per button, errors to the status line, a lost token back to the start.
 function does(button, action) {
   return async (event) => {
-    event.preventDefault();
+    event?.preventDefault();
+    const hadFocus = document.activeElement === button; // which a disabled button loses
     button.disabled = true;
     try {
       await action();
     } catch (error) {
+      if (error instanceof Left) return;
       if (error.status === 401 && profile) signOut();
       say(error.message, true);
     } finally {
       button.disabled = false;
+      if (hadFocus && document.activeElement === document.body) button.focus();
     }
   };
 }
@@ -115,6 +123,7 @@ async function ask() {
       place.replaceChildren();
       showAnswer(place, answer);
     } catch (error) {
+      if (error instanceof Left) throw error;
       place.replaceChildren(element("p", error.message, "meta"));
       return error;
     }
@@ -167,13 +176,21 @@ function showProgress(refresh) {
   find("progress-label").textContent = texts[refresh.state] ?? "No training under way";
 }
 
+const isUnderWay = (refresh) => refresh.state === "queued" || refresh.state === "training";
+
 async function watch() {
-  for (;;) {
-    const refresh = await get("/v1/me/refresh");
+  say("Training ...");
+  const asked = token;
+  let refresh = await get("/v1/me/refresh");
+  for (; isUnderWay(refresh); refresh = await get("/v1/me/refresh")) {
     showProgress(refresh);
-    if (refresh.state !== "queued" && refresh.state !== "training") return refresh;
     await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+    if (token !== asked) throw new Left();
   }
+  showProgress(refresh);
+  await showVersions();
+  if (refresh.state !== "done") throw new Refused(0, `The training ended as ${refresh.state}: ${refresh.error}`);
+  say(`Trained. Version ${refresh.version} answers from now on.`);
 }
 
 async function show() {
@@ -187,6 +204,8 @@ function signOut() {
   token = "";
   profile = null;
   for (const id of ["desk", "who", "sign-out", "answers"]) find(id).hidden = true;
+  const shown = ["who", "num-items", "items", "versions", "ask-fields", "append-fields"];
+  for (const id of [...shown, ...ARMS.map((arm) => `answer-${arm}`)]) find(id).replaceChildren();
   find("sign-in").hidden = false;
   find("token").focus();
 }
@@ -201,6 +220,7 @@ onSubmit("sign-in", async () => {
   for (const id of ["desk", "who", "sign-out"]) find(id).hidden = false;
   say("Signed in.");
   find(`ask-${profile.inputs[0]}`).focus();
+  if (isUnderWay(profile.refresh)) does(find("refresh"), watch)();
 });
 
 onSubmit("ask", ask);
@@ -214,11 +234,7 @@ onSubmit("append", async () => {
 
 onClick("refresh", async () => {
   showProgress(await post("/v1/me/refresh"));
-  say("Training ...");
-  const refresh = await watch();
-  await showVersions();
-  if (refresh.state !== "done") throw new Refused(0, `The training ended as ${refresh.state}: ${refresh.error}`);
-  say(`Trained. Version ${refresh.version} answers from now on.`);
+  await watch();
 });
 
 find("rollback").addEventListener("click", async (event) => {
@@ -230,7 +246,7 @@ find("rollback").addEventListener("click", async (event) => {
 });
 
 onClick("export", async () => {
-  const archive = await (await call("GET", "/v1/me/export")).blob();
+  const archive = await call("GET", "/v1/me/export", undefined, "blob");
   const link = document.createElement("a");
   link.href = URL.createObjectURL(archive);
   link.download = "oppu-export.zip";
@@ -245,7 +261,7 @@ find("forget").addEventListener("click", () => {
 });
 find("sure").addEventListener("close", does(find("forget"), async () => {
   if (find("sure").returnValue !== "yes") return;
-  const receipt = await (await call("DELETE", "/v1/me")).json();
+  const receipt = await call("DELETE", "/v1/me");
   signOut();
   say(`Forgotten. Receipt ${receipt.receipt_id}, signed ${receipt.signature.slice(0, 16)}...`);
 }));
