@@ -28,7 +28,12 @@ class AnswerText:
 
     def push(self, token: int) -> str:
         """The new text after one more token."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        try:
+            new = self._stream.step(self._tokenizer, token)
+        except Exception:  # of this very type: a byte that ends in no character takes back text that is out already
+            self._stream = DecodeStream(skip_special_tokens=True)
+            new = self._stream.step(self._tokenizer, token)
+        self._held += new or ""
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
             self.is_stopped = True

@@ -10,7 +10,10 @@ import pytest
 import torch
 from reference import IA3, LORA, PROMPT, RS_LORA, greedy_alone, peft_model, random_adapter, tiny_model
 from tiny import ARCHITECTURES, VOCAB_SIZE, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from oppu_ray.answer_text import AnswerText
 from oppu_ray.core import Request, TokenEvent
 from oppu_ray.inference import Engine
 from oppu_ray.layers import fuse_layers
@@ -376,6 +379,19 @@ def test_the_likeliest_way_to_a_label_is_taken() -> None:
                 break
             ids.append(best)
         assert tokens(answer(engine, Request("r", prompt, "lora", 6, stop_ids, labels=labels))["r"]) == said
+
+
+def test_bytes_that_make_no_character_end_nobodys_answer() -> None:
+    """Such tokenizers (Gemma's) decode a run of bytes as a whole: half a character takes the whole ones before back."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "\u2581b"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for whole, half in (("\U00013000", b"\xe2"), ("A", b"\xc3"), ("", b"\xc3")):
+        text = AnswerText(tokenizer, ())
+        tokens = [names.index(f"<0x{byte:02X}>") for byte in whole.encode() + half] + [names.index("a"), len(names) - 1]
+        assert "".join(map(text.push, tokens)).replace("\ufffd", "") == whole + "a b"
 
 
 def test_text_comes_as_it_is_written_and_ends_before_a_stop_text() -> None:
