@@ -187,7 +187,7 @@ def fuse_layers(model: nn.Module) -> int:
     """
     layers = getattr(model.base_model, "layers", ())
     window = getattr(model.config, "sliding_window", None)
-    if window or not layers or not all(map(_looks_right, layers)) or not _agrees(model, layers[0]):
+    if window or not layers or not all(_looks_right(layer) and _agrees(model, layer) for layer in layers):
         return 0
     for layer in layers:
         layer.forward = _fused_forward(layer)

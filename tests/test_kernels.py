@@ -11,7 +11,7 @@ from reference import IA3, LORA, difference, make_user, random_examples, tiny_mo
 from tiny import ARCHITECTURES, tiny_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from oppu_ray.kernels import (
@@ -82,6 +82,16 @@ def test_the_rotary_embedding_is_replaced_and_agrees() -> None:
     gradients = [torch.autograd.grad(result, (q, k), towards) for result in results]
     for found, wanted in zip(results[0] + gradients[0], results[1] + gradients[1], strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_rotary_embedding_of_part_of_a_head_stays_as_it_is() -> None:
+    values = {**tiny_config().to_dict(), "partial_rotary_factor": 0.5}
+    for name in ("model_type", "architectures", "transformers_version", "rope_parameters"):
+        values.pop(name, None)
+    model = AutoModelForCausalLM.from_config(Phi3Config(**values)).eval()
+    expected = model(IDS).logits
+    fuse(model)
+    torch.testing.assert_close(model(IDS).logits, expected)
 
 
 def test_a_module_that_computes_something_else_stays_as_it_is() -> None:

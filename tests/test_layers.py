@@ -27,7 +27,7 @@ from reference import (
     trained,
 )
 from tiny import tiny_config
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, SmolLM3Config
 
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import PeftConfig, TrainConfig
@@ -132,6 +132,15 @@ def test_a_layer_that_computes_something_else_stays_as_it_is() -> None:
     config = tiny_config()
     config.hidden_act = "relu"
     assert fuse_layers(AutoModelForCausalLM.from_config(config).eval()) == 0
+
+
+def test_layers_that_differ_stay_as_they_are() -> None:
+    """SmolLM3's every fourth layer knows no positions."""
+    values = {**tiny_config().to_dict(), "num_hidden_layers": 4}
+    for name in ("model_type", "architectures", "transformers_version", "layer_types"):
+        values.pop(name, None)
+    model = AutoModelForCausalLM.from_config(SmolLM3Config(**values)).eval()
+    assert model.config.no_rope_layers == [1, 1, 1, 0] and fuse_layers(model) == 0
 
 
 def test_a_layer_with_a_sliding_window_stays_as_it_is() -> None:
