@@ -29,7 +29,7 @@ from oppu_ray.packing import Row, build_stream, make_rows, plan_passes, virtual_
 from oppu_ray.prefix_cache import PrefixCache
 from oppu_ray.sampling import Choice, choose, is_whole_label
 from oppu_ray.slots import AdapterSlots, Key
-from oppu_ray.training import HEAD_CHUNK, logit_softcap
+from oppu_ray.training import HEAD_CHUNK, head_logits
 
 BASE_SLOT = -1
 MAX_LOGPROBS = 20
@@ -100,10 +100,7 @@ class Engine:
         self.model, self.max_rows, self.max_tokens_per_pass = model, max_rows, max_tokens_per_pass
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self.max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache = KVCache(
-            config.num_hidden_layers, max_rows, self.max_length, config.num_key_value_heads, head_dim, self._like()
-        )
+        self.cache = KVCache(config, max_rows, self.max_length, self._like())
         self.slots, self.prefixes = AdapterSlots(self.bank), PrefixCache(prefix_bytes)
         self._vocab_size, self._tokenizer = config.vocab_size, tokenizer
         self._waiting: deque[_Answering] = deque()
@@ -268,7 +265,7 @@ class Engine:
         hidden_BD = self.bank.hidden_states(ids_B, plan.lengths_B, plan)
         for one in rows:
             one.length += 1
-        self._extend(rows, self._logits(hidden_BD))
+        self._extend(rows, head_logits(self.model, hidden_BD))
 
     def _prefill(self) -> None:
         """Read prompts: the rest of a long one first, then waiting requests', as many as rows and pass allow."""
@@ -331,7 +328,9 @@ class Engine:
             one.length += num
         read = [(one, place) for (one, _), place in zip(parts, stream.predict_C, strict=True) if not one.num_unread]
         if read:
-            self._extend([one for one, _ in read], self._logits(hidden_TD[torch.stack([place for _, place in read])]))
+            self._extend(
+                [one for one, _ in read], head_logits(self.model, hidden_TD[torch.stack([place for _, place in read])])
+            )
 
     def _extend(self, rows: Sequence[_Answering], logits_BV: Tensor) -> None:
         """The next token of each row; rows whose answer is complete end."""
@@ -425,7 +424,7 @@ class Engine:
         self.bank.use(stream.ranges)
         hidden_TD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
         losses = [
-            token_losses(self._logits(hidden_TD[index]), target, 0.0)
+            token_losses(head_logits(self.model, hidden_TD[index]), target, 0.0)
             for index, target in zip(
                 stream.predict_C.split(HEAD_CHUNK), stream.targets_C.split(HEAD_CHUNK), strict=True
             )
@@ -436,11 +435,6 @@ class Engine:
 
     def _like(self) -> Tensor:
         return torch.zeros((), dtype=self.bank.dtype, device=self.bank.device)
-
-    def _logits(self, hidden_BD: Tensor) -> Tensor:
-        logits_BV = self.model.get_output_embeddings()(hidden_BD)  # type: ignore[operator]
-        softcap = logit_softcap(self.model)
-        return torch.tanh(logits_BV / softcap) * softcap if softcap else logits_BV
 
     def generate(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,16 @@ class KVCache:
     """`layers` is [layers, 2 (keys, values), rows, key heads, positions, D]; positions grow with need.
 
     Args:
+        config: The model's, of its text part.
         max_positions: Most positions of a row.
         like: Gives dtype and device.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, max_positions: int, num_heads: int, head_dim: int, like: Tensor):
+    def __init__(self, config: Any, num_rows: int, max_positions: int, like: Tensor):
         self.max_positions = max_positions
-        self.layers = like.new_zeros((num_layers, 2, num_rows, num_heads, 0, head_dim))
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.layers = like.new_zeros((config.num_hidden_layers, 2, num_rows, num_heads, 0, head_dim))
 
     def reserve(self, num_positions: int) -> None:
         """Make room for rows of `num_positions`."""

@@ -275,6 +275,13 @@ def logit_softcap(model: nn.Module) -> float:
     return float(getattr(model.config, "final_logit_softcapping", None) or 0.0)  # type: ignore[union-attr]
 
 
+def head_logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:
+    """Logits [N, V] of last hidden states."""
+    logits_NV = model.get_output_embeddings()(hidden_ND)  # type: ignore[operator]
+    softcap = logit_softcap(model)
+    return torch.tanh(logits_NV / softcap) * softcap if softcap else logits_NV
+
+
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     """The rate of step `step` (from 0) out of a user's own `num_steps`: linear warm-up, then the schedule's decay."""
     warmup = math.ceil(config.warmup_share * num_steps)

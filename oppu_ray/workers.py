@@ -16,6 +16,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from oppu_ray import evaluation
+from oppu_ray.agreement import same_answers
 from oppu_ray.base_model import Base, load_base, prepare_base
 from oppu_ray.checkpoints import Checkpoint
 from oppu_ray.config import Config, StudyConfig, to_dict
@@ -31,7 +33,7 @@ from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDo
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
 from oppu_ray.memory import Memories, Memory, choose_items, older_half
-from oppu_ray.packing import encode, plan_user, user_seed
+from oppu_ray.packing import encode, plan_user, user_seed, virtual_tokens
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import Index, read_index, read_users
 from oppu_ray.privacy import noise_key, private_backward
@@ -61,11 +63,19 @@ def open_base(config: Config, path: Path | None = None) -> Base:
         torch.set_num_threads(config.workers.threads)
     keep_freed_memory()
     base = load_base(config.base, path)
-    fuse(base.model)
-    fuse_layers(base.model)
+    # A base to be shared out is too large to be tried whole.
+    with nullcontext() if config.base.sharding == "zero3" else same_answers(base.model, _longest_row(config)):
+        fuse(base.model)
+        fuse_layers(base.model)
     gc.collect()
     gc.freeze()  # a loaded model is many objects that Python would look through again and again: 4 % of a step
     return base
+
+
+def _longest_row(config: Config) -> int:
+    """Most tokens of a row in training or serving."""
+    trained = max(train.max_length + virtual_tokens(train.peft) for train in (config.adapt, config.personal))
+    return max(trained + config.memory.max_tokens, config.serve.max_length)
 
 
 def profile_writer(config: Config) -> Callable[[Sequence[str]], list[str]]:
