@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from oppu_ray.adapters import AdapterBank
+from oppu_ray.adapters import AdapterBank, BankLinear
 from oppu_ray.config import TrainConfig
 from oppu_ray.core import Example, TrainResult, UserWork
 from oppu_ray.kernels import return_freed_memory, token_loss_gradient, token_losses
@@ -107,10 +107,12 @@ def attached(model: nn.Module, pack: Sequence[UserWork], config: TrainConfig) ->
     """A bank with a slot for each user on a model in the mode of training; the model is as before afterwards."""
     bank = AdapterBank(model, len(pack), [user.peft for user in pack], trainable=True)
     was_training = model.training
-    model.train(any(user.peft.dropout for user in pack) or config.gradient_checkpointing)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     try:
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        # Nothing else: a base's own dropout would draw from one source of chance for all users.
+        for module in model.modules():
+            module.training = isinstance(module, BankLinear) or bool(getattr(module, "gradient_checkpointing", False))
         yield bank
     finally:
         bank.remove()

@@ -30,7 +30,8 @@ from reference import (
     train_alone,
     trained,
 )
-from tiny import ARCHITECTURES, VOCAB_SIZE, tiny_tokenizer
+from tiny import ARCHITECTURES, VOCAB_SIZE, tiny_config, tiny_tokenizer
+from transformers import AutoModelForCausalLM, PhiConfig
 
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import PeftConfig, TrainConfig
@@ -242,6 +243,20 @@ def test_dropout_of_a_user_in_a_pack_is_the_users_own() -> None:
     assert difference(replace(alone, peft_config={}), replace(without, peft_config={})) > 1e-3
     assert same_bits(alone, trained(train(tiny_model(), [user]), user)) and not same_bits(alone, start)
     assert difference(alone, trained(train(tiny_model(), [other_seed]), other_seed)) > 1e-3
+
+
+@pytest.mark.parametrize("config", [TRAIN, CHECKPOINTED], ids=["plain", "checkpointed"])
+def test_the_bases_own_dropout_is_off(config: TrainConfig) -> None:
+    user, results = make_user(0, DROPOUT, random_examples(0, 5)), []
+    for drops in (0.0, 0.5):
+        values = {**tiny_config().to_dict(), "resid_pdrop": drops, "embd_pdrop": drops}
+        for name in ("model_type", "architectures", "transformers_version"):
+            values.pop(name, None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = AutoModelForCausalLM.from_config(PhiConfig(**values)).eval().requires_grad_(False)
+        results.append(trained(train(model, [user], config), user))
+    assert same_bits(*results)
 
 
 def test_dropout_does_not_depend_on_what_the_neighbours_adapt() -> None:
