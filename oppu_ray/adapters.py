@@ -309,13 +309,12 @@ class AdapterBank:
         trainable: Whether to hold gradients and Adam moments.
 
     Raises:
-        ValueError: A target module name is not found among the model's linears.
+        ValueError: A target module name is not found among the model's linears, or the model has a bank; it is as
+            before.
     """
 
     def __init__(self, model: nn.Module, num_slots: int, configs: Iterable[PeftConfig], trainable: bool):
-        configs = list(configs)
         self._attention = model.config._attn_implementation  # type: ignore[union-attr]
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         self.model, self.num_slots, self.trainable = model, num_slots, trainable
         self.dtype, self.device, self.hidden = embedding.weight.dtype, embedding.weight.device, embedding.embedding_dim
@@ -329,6 +328,14 @@ class AdapterBank:
         self._ranges: Ranges = ()
         self._active: dict[tuple[str, str], Ranges] = {}
         self._step, self._tokens_before = 0, dict[int, int]()
+        try:
+            self._attach(list(configs))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _attach(self, configs: Sequence[PeftConfig]) -> None:
+        self.model.set_attn_implementation(NAME)  # type: ignore[operator]
         for kind in ("lora", "ia3"):
             of_kind = [config for config in configs if config.kind == kind]
             if of_kind:
@@ -341,8 +348,8 @@ class AdapterBank:
         self._slot_size = sum(stack.value[0].numel() for stack in self.stacks().values())
         self._places = lru_cache(NUM_LAYOUTS)(self._find_places)
         self._memory_SN: Tensor | None = None
-        if not trainable:  # each slot in one piece of the compute type: an adapter is placed with one copy
-            self._memory_SN = torch.zeros(num_slots, self._slot_size, dtype=self.dtype, device=self.device)
+        if not self.trainable:  # each slot in one piece of the compute type: an adapter is placed with one copy
+            self._memory_SN = torch.zeros(self.num_slots, self._slot_size, dtype=self.dtype, device=self.device)
             for stack, value in self._views(self._memory_SN):
                 stack.value = stack.compute = value
 
@@ -374,12 +381,16 @@ class AdapterBank:
             linears = {n.rsplit(".", 1)[-1] for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
             raise ValueError(f"target module {target!r} is not a linear of this model; it has {sorted(linears)}")
         for name, module in found:
+            if module is self.model.get_output_embeddings():  # type: ignore[operator]
+                raise ValueError(f"target module {target!r} is the output embedding; expected a linear of the layers")
+            if isinstance(module, BankLinear) and module.bank[0] is not self:
+                raise ValueError(f"{name} has another bank's adapters; expected one bank on a model at a time")
             if not isinstance(module, BankLinear):
                 parent, _, child = name.rpartition(".")
                 base, module = module, BankLinear(module, self, name)
                 module.train(base.training)
-                setattr(self.model.get_submodule(parent), child, module)
                 self.linears[name] = module
+                setattr(self.model.get_submodule(parent), child, module)
             if kind == "lora":
                 module.a, module.b = self._stack(rank, module.in_features), self._stack(module.out_features, rank)
             else:

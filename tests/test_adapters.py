@@ -156,6 +156,23 @@ def test_an_unknown_target_module_names_the_ones_there_are() -> None:
         AdapterBank(tiny_model(), 1, [replace(LORA, target_modules=("Wqkv",))], trainable=False)
 
 
+def test_a_bank_that_cannot_be_made_leaves_the_model_as_it_was() -> None:
+    model = tiny_model()
+    modules, attention = dict(model.named_modules()), model.config._attn_implementation
+    for names in (("q_proj", "zzz"), ("q_proj", "lm_head")):
+        with pytest.raises(ValueError, match=f"target module '{names[1]}' is "):
+            AdapterBank(model, 1, [replace(LORA, target_modules=names)], trainable=True)
+        assert dict(model.named_modules()) == modules and model.config._attn_implementation == attention
+
+
+def test_a_model_has_one_bank_at_a_time() -> None:
+    model = tiny_model()
+    bank = AdapterBank(model, 1, [LORA], trainable=True)
+    with pytest.raises(ValueError, match="q_proj has another bank's adapters"):
+        AdapterBank(model, 1, [LORA], trainable=True)
+    assert model.get_submodule("model.layers.0.self_attn.q_proj") is bank.linears["model.layers.0.self_attn.q_proj"]
+
+
 def test_removing_a_bank_gives_the_model_its_own_linears_back() -> None:
     model = tiny_model()
     modules, content = dict(model.named_modules()), base_bytes(model)
