@@ -2,8 +2,8 @@
 
 In: logits of B rows, and each row's request, tokens so far and random numbers. Out: one `Choice` per row.
 The decision a reader would question: a drawn token takes one uniform number from the row's own generator and the
-cumulated probabilities, likeliest first. So an answer depends on its seed and not on who else is in the batch, and
-one number decides one token, where Gumbel noise would take 49,152.
+cumulated probabilities, likeliest first where only the likeliest are kept. So an answer depends on its seed and not on
+who else is in the batch, and one number decides one token, where Gumbel noise would take 49,152.
 
 Shapes: B rows, V vocabulary.
 """
@@ -66,7 +66,7 @@ def _pick(logits_V: Tensor, request: Request, answer: Sequence[int], draw: rando
 
 def sample(logits_V: Tensor, temperature: float, top_p: float, draw: random.Random) -> int:
     """Draw a token from the likeliest ones that together have at least `top_p` of the probability."""
-    probabilities_V = torch.softmax(logits_V / temperature, -1)
+    probabilities_V = torch.softmax((logits_V - logits_V.max()).double() / temperature, -1)  # however small it is
     if top_p == 1:
         return _draw(probabilities_V, draw)
     likeliest, tokens = probabilities_V.topk(min(MOST_LIKELY, len(probabilities_V)))

@@ -40,6 +40,11 @@ def test_tokens_are_drawn_in_proportion_within_top_p(
         assert share == 0 if token not in kept else share == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 5e-324])
+def test_however_low_the_temperature_the_likeliest_is_drawn(temperature: float) -> None:
+    assert {sample(LOGITS_V, temperature, top_p, random.Random(0)) for top_p in (1.0, 0.9)} == {1}
+
+
 def test_the_first_of_equals_is_taken_as_hugging_face_does() -> None:
     logits_BV = torch.tensor([[1.0, 3.0, 3.0], [5.0, 5.0, 5.0]], dtype=torch.bfloat16)
     requests, draws = [Request("a", (1,)), Request("b", (1,))], [random.Random(0)] * 2
