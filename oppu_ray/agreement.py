@@ -78,7 +78,7 @@ def _bank_logits(model: nn.Module, max_length: int) -> list[Tensor]:
     try:
         first, second, alone = _examples(model)
         rows = [Row(-1, (first, second), NUM_SHARED), Row(-1, (alone,), 0), Row(-1, (Example((0, 0), 1),), 0)]
-        stream = build_stream(rows, bank.anchor)
+        stream = build_stream(rows, bank.device)
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         cache = KVCache(config, 3, 12, bank.anchor.to(bank.dtype))
         cache.reserve(12)

@@ -10,6 +10,7 @@ Shapes: B rows being answered, T tokens, C completion tokens, D hidden, V vocabu
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import deque
@@ -100,7 +101,7 @@ class Engine:
         self.model, self.max_rows, self.max_tokens_per_pass = model, max_rows, max_tokens_per_pass
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self.max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
-        self.cache = KVCache(config, max_rows, self.max_length, self._like())
+        self.cache = KVCache(config, max_rows, self.max_length, self.bank.anchor.to(self.bank.dtype))
         self.slots, self.prefixes = AdapterSlots(self.bank), PrefixCache(prefix_bytes)
         self._vocab_size, self._tokenizer = config.vocab_size, tokenizer
         self._waiting: deque[_Answering] = deque()
@@ -118,26 +119,28 @@ class Engine:
         """Put an adapter in a slot of its own until `unload_all`, for requests without a user; replaces it if present.
 
         Raises:
-            ValueError: No slot is free, or the adapter does not fit the bank.
+            ValueError: No slot is free, the adapter does not fit the bank, or a request uses the one to be replaced.
         """
         key, fitted = ("", adapter_id), self.fit(adapter)
-        if key in self._held:
-            self._held.remove(key)
-            self.slots.release(key)
         if self.slots.get(key):
-            self.slots.remove(key)
-            self.prefixes.forget(key)
+            self._unload(key)
         if self.slots.acquire(key, fitted) is None:
             raise ValueError(f"all {self.bank.num_slots} adapter slots are taken")
         self._held.add(key)
 
     def unload_all(self) -> None:
-        """Empty the slots that `load` filled."""
-        for key in self._held:
-            self.slots.release(key)
-            self.slots.remove(key)
-            self.prefixes.forget(key)
-        self._held.clear()
+        """Empty the slots that `load` filled.
+
+        Raises:
+            ValueError: A request uses one.
+        """
+        for key in list(self._held):
+            self._unload(key)
+
+    def _unload(self, key: Key) -> None:
+        self.slots.remove(key, num_own=key in self._held)
+        self._held.discard(key)
+        self.prefixes.forget(key)
 
     def fit(self, adapter: AdapterState) -> FittedAdapter:
         """Check an adapter against the bank: the slow part of loading, for any thread.
@@ -182,7 +185,10 @@ class Engine:
             raise refuse("this id is already under way")
         if not request.prompt_ids:
             raise refuse("the prompt is empty")
-        if wrong := [token for token in request.prompt_ids if not 0 <= token < self._vocab_size]:
+        asked = [*request.prompt_ids, *itertools.chain(*request.labels)]
+        if request.labels:
+            asked += request.stop_ids  # allowed after a label; otherwise only looked for
+        if wrong := [token for token in asked if not 0 <= token < self._vocab_size]:
             raise refuse(f"token {wrong[0]} is not in the vocabulary of {self._vocab_size}")
         if request.max_new_tokens < 1:
             raise refuse(f"max_new_tokens is {request.max_new_tokens}, expected at least 1")
@@ -316,7 +322,7 @@ class Engine:
             if one.length:
                 resumed.append(Resumed(start, start + num, number, one.length))
             start += num
-        stream = build_stream(rows, self._like())
+        stream = build_stream(rows, self.bank.device)
         for part in resumed:
             stream.position_ids_T[part.start : part.stop] += part.done
         nums = torch.tensor([num for _, num in parts], device=self.bank.device)
@@ -402,6 +408,9 @@ class Engine:
 
         Returns:
             One list per group, one number per example.
+
+        Raises:
+            ValueError: An adapter gives logits that are not finite.
         """
         rows: list[tuple[int, Row]] = []
         for number, (adapter_id, examples) in enumerate(groups):
@@ -414,13 +423,16 @@ class Engine:
         for part in plan_passes([row for _, row in rows], self.max_tokens_per_pass):
             means = iter(self._score_pass(part))
             for row in part:
-                scores[numbers[id(row)]] += [next(means) for _ in row.examples]
+                scores[numbers[id(row)]] += (found := [next(means) for _ in row.examples])
+                if not all(map(math.isfinite, found)):
+                    name = groups[numbers[id(row)]][0]
+                    raise ValueError(f"adapter {name!r} gives logits that are not finite")
             if progress:
                 progress(len(part))
         return scores
 
     def _score_pass(self, rows: list[Row]) -> list[float]:
-        stream = build_stream(rows, self._like())
+        stream = build_stream(rows, self.bank.device)
         self.bank.use(stream.ranges)
         hidden_TD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
         losses = [
@@ -432,9 +444,6 @@ class Engine:
         num = sum(len(row.examples) for row in rows)
         total = torch.zeros(num, device=hidden_TD.device).index_add_(0, stream.owner_C, torch.cat(losses))
         return (total / torch.bincount(stream.owner_C, minlength=num)).tolist()
-
-    def _like(self) -> Tensor:
-        return torch.zeros((), dtype=self.bank.dtype, device=self.bank.device)
 
     def generate(
         self,
@@ -449,23 +458,27 @@ class Engine:
             progress: Called with the number of answers finished since the last call.
 
         Raises:
-            ValueError: As `submit`; nothing is answered then.
+            ValueError: As `submit`, or a request ends with an error; nothing is answered then.
         """
-        tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        tokens: dict[str, list[int]] = {}  # of the requests submitted
         slots = {id(r): BASE_SLOT if r.adapter_id is None else self.slots.slot(("", r.adapter_id)) for r in requests}
         try:
             for request in sorted(requests, key=lambda request: slots[id(request)]):
                 self.submit(replace(request, stop_ids=stop_ids))
+                tokens[request.request_id] = []
             while self.has_work:
                 events = self.step()
                 for event in events:
+                    if event.error:
+                        name = next(r.adapter_id for r in requests if r.request_id == event.request_id)
+                        raise ValueError(f"request {event.request_id!r} to adapter {name!r}: {event.error}")
                     tokens[event.request_id] += event.token_ids
                 if progress and (num_finished := sum(event.finish_reason is not None for event in events)):
                     progress(num_finished)
         finally:
-            for request in requests:
-                self.cancel(request.request_id)
-            self._events.clear()
+            for request_id in tokens:
+                self.cancel(request_id)
+            self._events = [event for event in self._events if event.request_id not in tokens]
         return [Answer(request.request_id, tuple(tokens[request.request_id])) for request in requests]
 
     def warm_up(self) -> None:

@@ -35,7 +35,7 @@ def encode_prompt(prompt: Prompt, tokenize: Tokenize, max_tokens: int, start: Se
     """Tokenise a prompt part by part and make it fit.
 
     Memory lines go first, lowest-ranked first; then the input loses its last tokens. Instruction, profile and cue stay.
-    This is the only place where a prompt is cut.
+    Where even these do not fit, `encode` cuts what is left from its beginning; an engine refuses it.
 
     Args:
         max_tokens: Most tokens the prompt may have.
@@ -66,7 +66,9 @@ def encode(pair: TrainingPair, tokenizer: object, max_length: int) -> Example:
     tokenize = plain_tokenizer(tokenizer)
     completion = [*tokenize(pair.completion), tokenizer.eos_token_id][: max_length - 1]  # type: ignore[attr-defined]
     room = max_length - len(completion)
-    prompt = encode_prompt(pair.prompt, tokenize, room, first_tokens(tokenizer))[-room:]
+    start = first_tokens(tokenizer)
+    prompt = encode_prompt(pair.prompt, tokenize, room, start)
+    prompt = (*start, *prompt[len(start) + max(0, len(prompt) - room) :])
     return Example((*prompt, *completion), max(len(prompt), 1))
 
 
@@ -186,6 +188,8 @@ def make_rows(
 
     The loss is the mean over all completion tokens of the step, so a step split over rows has the same gradient.
     """
+    if not examples:
+        return []
     groups: list[list[Example]] = []
     prefix, size = shared_prefix(examples), 0
     for example in examples:
@@ -214,11 +218,11 @@ def plan_passes(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
 
 @dataclass
 class Stream:
-    """One forward pass: T tokens of many rows, laid end to end and sorted by slot.
+    """One forward pass: T tokens of many rows, laid end to end.
 
     Args:
         input_ids_T, position_ids_T: Positions restart after the prefix for every suffix; virtual tokens have id 0.
-        ranges: (slot, start, stop) of each slot's tokens.
+        ranges: (slot, start, stop) of each slot's tokens; rows of one slot side by side are one.
         virtual: (slot, start, stop) of each row's virtual tokens.
         plan: How the tokens attend.
         predict_C: Stream position whose hidden state predicts each completion token.
@@ -239,8 +243,8 @@ class Stream:
     slot_C: Tensor
 
 
-def build_stream(rows: Sequence[Row], like: Tensor) -> Stream:
-    """Lay rows out. Rows must come sorted by slot. `like` gives the model's dtype and device.
+def build_stream(rows: Sequence[Row], device: torch.device) -> Stream:
+    """Lay rows out, in their order.
 
     Worked example, prefix "p q", suffixes "a b" and "c d e" whose last tokens are only predicted, completions "b" and
     "d e":
@@ -291,17 +295,17 @@ def build_stream(rows: Sequence[Row], like: Tensor) -> Stream:
             ranges.append((row.slot, start, len(ids)))
 
     def long(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=like.device)
+        return torch.tensor(values, dtype=torch.long, device=device)
 
     return Stream(
         long(ids),
         long(positions),
         ranges,
         virtual,
-        plan_segments(segments, like.device),
+        plan_segments(segments, device),
         long(predict),
         long(targets),
-        torch.tensor(weights, dtype=torch.float32, device=like.device),
+        torch.tensor(weights, dtype=torch.float32, device=device),
         long(owner),
         long(slots),
     )

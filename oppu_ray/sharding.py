@@ -98,7 +98,7 @@ class Group(Ranks):
         """Make empty passes until no rank has one left: of its users, or of the step that ranks share."""
         if self.root is None:
             return
-        stream = build_stream([_EMPTY_ROW], bank.anchor.to(bank.dtype))
+        stream = build_stream([_EMPTY_ROW], bank.device)
         bank.use([])
         while self._anyone(False):
             self.root(bank, stream).sum().backward()

@@ -73,14 +73,14 @@ class AdapterSlots:
         self.num_evictions += 1
         return self._residents.pop(idle).slot
 
-    def remove(self, key: Key) -> None:
-        """Empty an adapter's slot, its memory too.
+    def remove(self, key: Key, num_own: int = 0) -> None:
+        """Empty an adapter's slot, its memory too, and end the caller's own holds of it.
 
         Raises:
-            ValueError: It is in no slot, or in use.
+            ValueError: It is in no slot, or in use by others; nothing has changed then.
         """
         slot = self.slot(key)
-        if self._residents[key].num_holders:
+        if self._residents[key].num_holders > num_own:
             raise ValueError(f"adapter {key[1]!r} is in use")
         del self._residents[key]
         self._bank.vacate(slot)

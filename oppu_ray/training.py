@@ -223,7 +223,7 @@ def backward_step(
     passes.sort(key=lambda one: -one[0])  # largest first: what it frees has room for all that follow
     for number, (_, part, tokens_before) in enumerate(passes):
         if ranks.mine(number):
-            stream = build_stream(part, bank.anchor.to(bank.dtype))
+            stream = build_stream(part, bank.device)
             bank.use(stream.ranges, step, tokens_before)
             nll_C = ranks.losses(bank, stream)
             nll_C.sum().backward()

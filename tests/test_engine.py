@@ -230,6 +230,21 @@ def test_an_unknown_adapter_costs_nobody_a_slot_and_a_loaded_one_is_shared() -> 
     assert engine.slots.keys() == [("ann", "v1"), ("cleo", "v1")]  # bob was the least recently used
 
 
+def test_what_a_request_uses_is_neither_replaced_nor_unloaded() -> None:
+    engine = make_engine()
+    request = Request("r", PROMPT_IDS, "lora", 6)
+    expected = tokens(answer(engine, request)["r"])
+    engine.submit(request)
+    events = engine.step()
+    for change in (lambda: engine.load("lora", random_adapter(LORA, 9)), engine.unload_all):
+        with pytest.raises(ValueError, match="adapter 'lora' is in use"):
+            change()
+    events += drain(engine)["r"]
+    assert tokens(events) == expected
+    engine.unload_all()
+    assert not engine.slots.keys()
+
+
 def test_an_adapter_in_use_keeps_its_slot() -> None:
     """Ann's is the least recently used one when cleo comes, but she is still being answered."""
     engine = Engine(tiny_model(), 2, [LORA], max_rows=2)
@@ -280,6 +295,8 @@ def test_what_overflows_ends_with_an_error_alone() -> None:
         ({"prompt_ids": ()}, "the prompt is empty"),
         ({"prompt_ids": (5, VOCAB_SIZE)}, "token 300 is not in the vocabulary of 300"),
         ({"prompt_ids": (-1,)}, "token -1 is not"),
+        ({"labels": ((5, VOCAB_SIZE),)}, "token 300 is not in the vocabulary of 300"),
+        ({"labels": ((5,),), "stop_ids": frozenset({VOCAB_SIZE})}, "token 300 is not in"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 10**9}, "a prompt of 3 tokens and 1000000000 new ones, expected at most 512 together"),
         ({"prompt_ids": (5,) * 500}, "a prompt of 500 tokens and 32 new ones"),

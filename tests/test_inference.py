@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,9 +144,37 @@ def test_an_adapter_that_overflows_is_not_felt_by_who_takes_its_place(peft: Peft
         for adapter_id, adapter in (("a", random_adapter(LORA, 0)), ("b", second), ("c", random_adapter(LORA, 1))):
             engine.load(adapter_id, adapter)
         long, theirs = Request("long", tuple(range(30, 60)), "a", 12), Request("theirs", tuple(range(60, 85)), "b", 3)
-        made = engine.generate([long, theirs, Request("short", (5, 6, 7), "c", 6)], frozenset())
-        answers.append((made[0], made[2]))
-    assert answers[0] == answers[1]
+        for request in (long, theirs, Request("short", (5, 6, 7), "c", 6)):
+            engine.submit(request)
+        made = []
+        while engine.has_work:
+            made += [(event.request_id, event.token_ids) for event in engine.step() if event.request_id != "theirs"]
+        answers.append(sorted(made, key=lambda event: event[0]))
+    assert answers[0] == answers[1] and len(answers[0]) == 12 + 6
+
+
+def test_an_adapter_that_overflows_has_neither_answers_nor_scores() -> None:
+    """A NaN is no likelihood: of three, the first would count as the smallest."""
+    engine, fresh = Engine(tiny_model(), 1, [LORA]), random_adapter(LORA, 5)
+    huge = AdapterState({key: np.full_like(value, 3e38) for key, value in fresh.tensors.items()}, fresh.peft_config)
+    engine.load("huge", huge)
+    with pytest.raises(ValueError, match="request 'r' to adapter 'huge': .* not finite"):
+        engine.generate([Request("r", (5, 6, 7), "huge", 4)], STOP)
+    with pytest.raises(ValueError, match="adapter 'huge' gives logits that are not finite"):
+        engine.score([(None, random_examples(0, 2)), ("huge", random_examples(1, 2))])
+    assert not engine.has_work
+
+
+def test_a_group_of_nothing_has_no_scores() -> None:
+    assert make_engine().score([(None, []), ("a-lora", [])]) == [[], []]
+
+
+def test_a_refused_batch_cancels_nobody_elses_request() -> None:
+    engine, mine = make_engine(), Request("r", (5, 6, 7), "a-lora", 4)
+    engine.submit(mine)
+    with pytest.raises(ValueError, match="already under way"):
+        engine.generate([Request("q", (4,)), replace(mine, prompt_ids=(8,))], STOP)
+    assert engine.num_waiting == 1 and engine.step()[0].request_id == "r"
 
 
 def test_a_loaded_name_is_replaced_in_place() -> None:

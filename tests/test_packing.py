@@ -104,6 +104,9 @@ def test_a_tokenizers_own_first_token_stands_before_the_prompt() -> None:
     pair = TrainingPair(PROMPT, " funny", "i1")
     plain, started = encode(pair, TOKENIZER, 200), encode(pair, WithStart(), 200)
     assert started.input_ids == (TOKENIZER.bos_token_id, *plain.input_ids)
+    for max_length in (12, 4, 3):  # it stays even where the instruction does not
+        example = encode(pair, WithStart(), max_length)
+        assert example.input_ids[0] == TOKENIZER.bos_token_id and len(example.input_ids) == max_length
     assert started.num_prompt == plain.num_prompt + 1
 
 
@@ -209,7 +212,7 @@ def test_rows_hold_every_example_in_order_within_the_limit(
         assert row.num_prefix == shared_prefix(row.examples)
         assert row.num_tokens <= max_tokens or len(row.examples) == 1
         assert share or len(row.examples) == 1
-        stream = build_stream([row], torch.zeros(()))
+        stream = build_stream([row], torch.device("cpu"))
         assert len(stream.input_ids_T) == row.num_tokens
     weights = [row.weight for row in rows for example in row.examples for _ in range(example.num_completion)]
     assert sum(weights) == pytest.approx(1.0) and len(set(weights)) == 1
@@ -229,7 +232,7 @@ def test_a_stream_is_laid_out_as_the_worked_example_says() -> None:
     shared = Row(0, (Example((p, q, a, b), 3), Example((p, q, c, d, e), 3)), 2, weight=0.5)
     alone = Row(2, (Example((p, q, e), 2),), 0, weight=0.25, num_virtual=2)
     base = Row(-1, (Example((d, e), 1),), 0)
-    stream = build_stream([base, shared, alone], torch.zeros(()))
+    stream = build_stream([base, shared, alone], torch.device("cpu"))
     assert stream.input_ids_T.tolist() == [d] + [p, q, a, c, d] + [0, 0, p, q]
     assert stream.position_ids_T.tolist() == [0] + [0, 1, 2, 2, 3] + [0, 1, 2, 3]
     assert stream.predict_C.tolist() == [0, 3, 4, 5, 9]
@@ -241,7 +244,7 @@ def test_a_stream_is_laid_out_as_the_worked_example_says() -> None:
 
 def test_a_completion_that_follows_the_prefix_at_once_is_predicted_by_the_prefix() -> None:
     row = Row(0, (Example((5, 6, 7), 2), Example((5, 6, 8, 9), 2)), 2)
-    stream = build_stream([row], torch.zeros(()))
+    stream = build_stream([row], torch.device("cpu"))
     assert stream.input_ids_T.tolist() == [5, 6, 8] and stream.predict_C.tolist() == [1, 1, 2]
 
 
