@@ -153,6 +153,15 @@ class PeftConfig:
     target_modules: tuple[str, ...] = ()
     num_virtual_tokens: int = 8
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "ia3", "prompt"):
+            raise ValueError(f"peft.kind is {self.kind!r}; expected lora, ia3 or prompt")
+        for name in ("rank", "num_virtual_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"peft.{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"peft.dropout is {self.dropout}; expected at least 0 and below 1")
+
 
 @dataclass(frozen=True)
 class TrainConfig:

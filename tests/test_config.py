@@ -89,6 +89,21 @@ def test_a_study_that_there_is_not(path: Path, text: str, message: str) -> None:
         load(path, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{kind: lroa}", "peft.kind is 'lroa'; expected lora, ia3 or prompt"),
+        ("{rank: 0}", "peft.rank is 0; expected at least 1"),
+        ("{kind: prompt, num_virtual_tokens: 0}", "peft.num_virtual_tokens is 0; expected at least 1"),
+        ("{dropout: 1.0}", "peft.dropout is 1.0; expected at least 0 and below 1"),
+        ("{dropout: .nan}", "peft.dropout is nan"),
+    ],
+)
+def test_an_adapter_that_cannot_be(path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(path, f"personal: {{peft: {text}}}")
+
+
 def test_only_a_study_changes_what_an_adapter_depends_on(path: Path) -> None:
     assert load(path, "").study.recipe == {}
     assert load(path, "study: {items: last_4}").study.recipe == {"study": {"items": "last_4", "pairs": "aligned"}}
