@@ -264,6 +264,12 @@ class FederatedConfig:
             (self.secure, "secure", self.robust != "none", f"robust {self.robust}: masked updates cannot be compared"),
             (self.noise_multiplier > 0, "noise_multiplier", self.client != "user", "client shard: users are protected"),
             (self.noise_multiplier > 0, "noise_multiplier", self.split == "items", "split items: it deals users out"),
+            (
+                self.noise_multiplier > 0,
+                "noise_multiplier",
+                self.robust != "none",
+                f"robust {self.robust}: what is cut off takes its noise along",
+            ),
         ]
         for one, name, other, reason in clashes:
             if one and other:

@@ -138,7 +138,7 @@ class _Round:
         record.took_part = sorted(empty + [update.shard for update in counted])
         if not counted and not found:
             return self._unmoved()
-        if not counted:
+        if not counted or (federated.noise_multiplier and len(counted) < self.min_shards):  # each brings noise
             raise _TooFew
         updates = counted
         record.weight = sum(update.weight for update in updates)

@@ -362,6 +362,18 @@ def test_the_cost_in_privacy_stands_in_the_result(prepared: Path, capsys: pytest
     assert 1.0 < privacy["epsilon"] < 8.0 and f"epsilon {privacy['epsilon']:.2f} at delta" in capsys.readouterr().out
 
 
+def test_a_round_with_less_noise_than_was_accounted_for_does_not_count(
+    prepared: Path, base: Base, tmp_path: Path
+) -> None:
+    def spoil(number: int, shard: int, method: str, reply: bytes) -> bytes | None:
+        header, arrays = read_message(reply)
+        return write_message(header, {"delta": arrays["delta"] * np.float32(np.nan)}) if shard in (0, 3) else None
+
+    config = configured(prepared, client="user", noise_multiplier=1.0)
+    with tampered(spoil), pytest.raises(ClusterLost, match="round 0 had too few answers 3 times: shard 0: its update"):
+        rounds(config, base, tmp_path)
+
+
 def test_a_pull_back_and_a_slow_server_move_less(prepared: Path, base: Base, tmp_path: Path) -> None:
     def length(**changes: Any) -> float:
         config = configured(prepared, num_rounds=1, local_steps=4, **changes)
@@ -425,6 +437,10 @@ def test_too_few_answers_stop_the_run_and_keep_its_rounds(prepared: Path, base: 
         (["method=product", "secure=true"], "federated.method product does not go with federated.secure"),
         (["secure=true", "robust=clip"], "federated.secure does not go with federated.robust clip"),
         (["noise_multiplier=1"], "federated.noise_multiplier does not go with federated.client shard"),
+        (
+            ["noise_multiplier=1", "client=user", "robust=trim"],
+            "federated.noise_multiplier does not go with federated.robust trim",
+        ),
         (["client_share=0"], "federated.client_share is 0.0; expected more than 0"),
         (["trim_share=0.5"], "federated.trim_share is 0.5; expected at least 0 and below 0.5"),
         (["num_shards=9"], "federated.num_shards is 9, but there are 8 base users"),
