@@ -147,8 +147,15 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         Interrupted: The process got SIGTERM. What is done is kept, and the stage goes on from there when run again.
+        ValueError: The config does not fit private training, or an earlier stage has not run.
     """
-    results = [_train(one) for one in _kinds(config, _own_arms(config))]
+    kinds = _kinds(config, _own_arms(config))
+    if config.privacy.noise_multiplier and any(one.memory.name for one in kinds):
+        raise ValueError(
+            "privacy.noise_multiplier protects an item in its own example, and arms of evaluate.arms with a user's own "
+            "adapter and a memory (oppu_k<K>, oppu_pag) show it in others' prompts; expected oppu alone"
+        )
+    results = [_train(one) for one in kinds]
     return {**results[0], "num_to_retry": sum(result["num_to_retry"] for result in results)}
 
 
@@ -213,7 +220,7 @@ def _train(config: Config) -> dict[str, Any]:
 
 def _personal_privacy(config: Config, index: Index) -> dict[str, Any]:
     privacy, personal = config.privacy, config.personal
-    sizes = [size.num_items for size in index.sizes("target")]
+    sizes = [config.study.num_items(size.num_items) for size in index.sizes("target")]
     looks = max(num_looks(num_steps(num, personal), num, personal.items_per_step) for num in sizes)
     cost = epsilon(privacy.noise_multiplier, 1.0, looks, privacy.delta)
     return {"unit": "item", "epsilon": cost, "delta": privacy.delta}
