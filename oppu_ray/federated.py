@@ -222,6 +222,16 @@ def plan_base_shards(config: Config, index: Index) -> dict[int, tuple[str, ...]]
         raise ValueError(f"adapt.peft.kind is {config.adapt.peft.kind!r}; expected lora for federated training")
     if config.base.deepspeed:
         raise ValueError("base.deepspeed gives every rank all base users; expected it empty with federated.num_shards")
+    if config.base.quantization != "none" and (federated.method == "product" or federated.ranks):
+        raise ValueError(
+            f"base.quantization is {config.base.quantization!r}, and method product and ranks add to the base's "
+            "weights; expected base.quantization=none, or federated.method=ffa or naive without federated.ranks"
+        )
+    if federated.secure and num_asked < 2:
+        raise ValueError(
+            f"federated.secure: a round asks {num_asked} of {federated.num_shards} shards, and a sum of one is its "
+            "update; expected at least 2: raise federated.num_shards or federated.client_share"
+        )
     if not 1 <= threshold <= num_asked or (federated.secure and not num_asked < 2 * threshold):
         least = "more than half, at most all" if federated.secure else "1 to all"
         raise ValueError(f"federated.min_shards is {threshold}; expected {least} of the {num_asked} asked in a round")

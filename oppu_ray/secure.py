@@ -6,7 +6,9 @@ keys; encrypted shares of its secrets for the others; its masked vector; the sha
 
 The decision a reader would question: the server is trusted to pass messages on as they are. It learns nothing from
 what it sees, but one that hands out false public keys could read a vector: signed keys would need identities that this
-project does not have. Keys are made anew for every attempt at a round, so a round that is tried again betrays nothing.
+project does not have. Keys are made anew for every attempt at a round, so one that failed betrays nothing when it is
+tried again. One that came to its sum does, if the driver died before it was kept: trained again from the same state
+without one of the parties, the two sums differ by that party's vector.
 
 Keys, key agreement, streams and authenticated encryption are `cryptography`'s; sharing a secret is arithmetic.
 """

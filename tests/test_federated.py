@@ -446,6 +446,8 @@ def test_too_few_answers_stop_the_run_and_keep_its_rounds(prepared: Path, base: 
         (["num_shards=9"], "federated.num_shards is 9, but there are 8 base users"),
         (["ranks=[2, 3]"], "federated.ranks has 3; expected 1 to adapt.peft.rank 2"),
         (["secure=true", "min_shards=2"], "federated.min_shards is 2; expected more than half, at most all of the 4"),
+        (["secure=true", "client_share=0.25"], "federated.secure: a round asks 1 of 4 shards"),
+        (["secure=true", "num_shards=1"], "federated.secure: a round asks 1 of 1 shards"),
         (["min_shards=5"], "federated.min_shards is 5; expected 1 to all of the 4 asked in a round"),
     ],
 )
@@ -454,6 +456,14 @@ def test_what_does_not_fit_is_said(
 ) -> None:
     assert main(["adapt", str(prepared), *(f"federated.{option}" for option in options)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"method": "product"}, {"method": "naive", "ranks": (2, 1)}])
+def test_a_quantized_base_that_rounds_would_add_to_is_refused(prepared: Path, changes: dict[str, Any]) -> None:
+    config, index = configured(prepared, **changes), read_index(run_dir(prepared) / "prepare")
+    assert len(plan_base_shards(config, index)) == NUM
+    with pytest.raises(ValueError, match="base.quantization is 'int8', and method product and ranks add to"):
+        plan_base_shards(replace(config, base=replace(config.base, quantization="int8")), index)
 
 
 def test_a_record_says_what_a_round_was(prepared: Path, base: Base, tmp_path: Path) -> None:
