@@ -27,6 +27,7 @@ from oppu_ray.config import FederatedConfig
 
 Arrays = dict[str, np.ndarray]
 FRACTION_BITS = 24
+RING_LIMIT = 2.0 ** (62 - FRACTION_BITS) / 1024  # so that a sum of many does not overflow
 BACKWARDS = -0.1
 ADAM_BETAS, ADAM_FLOOR = (0.9, 0.99), 1e-3  # Reddi et al. 2021, arXiv 2003.00295, section 5
 
@@ -85,7 +86,7 @@ def to_ring(delta_N: np.ndarray, weight: float) -> np.ndarray:
     """
     values = np.append(delta_N.astype(np.float64), 1.0) * weight
     largest = np.abs(values).max()
-    if not largest < 2.0 ** (62 - FRACTION_BITS) / 1024:  # also where it is not a number
+    if not largest < RING_LIMIT:  # also where it is not a number
         raise ValueError(f"the update's largest number times its weight is {largest:g}; expected below 2**28")
     return np.rint(values * 2.0**FRACTION_BITS).astype(np.int64).view(np.uint64)
 
@@ -117,17 +118,18 @@ def trimmed_mean(updates: Sequence[Update], trim_share: float) -> np.ndarray:
 def screen(updates: Sequence[Update], config: FederatedConfig) -> tuple[list[Update], dict[int, str]]:
     """The updates that count, and what was found wrong by shard: left out, or cut to size.
 
-    A number that is not finite is always found. With `robust`, also an update that points away from the median of all
-    (cosine below -0.1: independent ones have 0, and honest ones more), and one longer than `robust_factor` times the
-    median length, which is cut to it.
+    What no sum can hold is always found. With `robust`, also an update that points away from the median of all (cosine
+    below -0.1: independent ones have 0, and honest ones more), and one longer than `robust_factor` times the median
+    length, which is cut to it; with "clip", which weighs by what shards say, their weights likewise.
     """
-    found = {u.shard: "its update is not finite" for u in updates if not np.isfinite(u.delta_N).all()}
+    found = {update.shard: reason for update in updates if (reason := _unfit(update))}
     kept = sorted((u for u in updates if u.shard not in found), key=lambda update: update.shard)
     if config.robust == "none" or len(kept) < 3:
         return kept, found
     middle_N = np.median(np.stack([update.delta_N for update in kept]), axis=0)
     norms = {update.shard: float(np.linalg.norm(update.delta_N.astype(np.float64))) for update in kept}
     limit = config.robust_factor * float(np.median(list(norms.values())))
+    heaviest = config.robust_factor * float(np.median([update.weight for update in kept]))
     counted = []
     for update in kept:
         norm = norms[update.shard]
@@ -138,8 +140,22 @@ def screen(updates: Sequence[Update], config: FederatedConfig) -> tuple[list[Upd
         if norm > limit:
             found[update.shard] = f"its update is {norm / limit * config.robust_factor:.1f} medians long, cut to size"
             update = replace(update, delta_N=(update.delta_N * (limit / norm)).astype(np.float32))
+        if config.robust == "clip" and update.weight > heaviest:
+            weight = f"its weight is {update.weight / heaviest * config.robust_factor:.1f} medians, cut to size"
+            found[update.shard] = "; ".join(filter(None, [found.get(update.shard), weight]))
+            update = replace(update, weight=heaviest)
         counted.append(update)
     return counted, found
+
+
+def _unfit(update: Update) -> str:
+    """Why an update cannot be in a sum, or nothing."""
+    if not 0 <= update.weight < RING_LIMIT:  # also where it is not a number
+        return f"its weight is {update.weight:g}"
+    largest = np.abs(update.delta_N).max()
+    if not np.isfinite(largest):
+        return "its update is not finite"
+    return "" if float(largest) * update.weight < RING_LIMIT else f"its update has a {largest:g}, too large for a sum"
 
 
 def moved(state: RoundState, mean_N: np.ndarray, config: FederatedConfig) -> RoundState:

@@ -213,7 +213,7 @@ class FederatedConfig:
         ranks: Ranks of shard 0, 1, ... and from the first again, none above `adapt.peft.rank`; empty for all equal.
         prox: FedProx's mu, the pull back to the round's adapter.
         server: "mean" (FedAvg) or "adam" (FedOpt: the mean update is a gradient to Adam at `server_rate`).
-        robust: Against poisoned updates: "none", "clip" (to `robust_factor` times the median norm) or "trim" (the mean
+        robust: Against poisoned updates: "none", "clip" (to `robust_factor` median norms and weights) or "trim" (mean
             without the `trim_share` largest and smallest of every number). Both leave out what points backwards.
         secure: Only sums of updates reach the server.
         noise_multiplier: Differential privacy of users, with client "user": 0 is none.

@@ -138,6 +138,39 @@ def test_an_update_that_is_not_finite_is_always_left_out_and_named(robust: str) 
     assert found == {5: "its update is not finite"}
 
 
+@pytest.mark.parametrize("robust", ["none", "clip", "trim"])
+@pytest.mark.parametrize(
+    ("factor", "weight", "reason"),
+    [
+        (1.0, np.nan, "its weight is nan"),
+        (1.0, np.inf, "its weight is inf"),
+        (1.0, -100.0, "its weight is -100"),
+        (1.0, 1e30, "its weight is 1e+30"),
+        (1e30, 100.0, "too large for a sum"),
+    ],
+)
+def test_what_no_sum_can_hold_is_always_left_out_and_named(
+    robust: str, factor: float, weight: float, reason: str
+) -> None:
+    updates = honest(8)
+    updates[5] = replace(updates[5], delta_N=updates[5].delta_N * np.float32(factor), weight=weight)
+    kept, found = screen(updates, FederatedConfig(robust=robust))
+    assert [update.shard for update in kept] == [0, 1, 2, 3, 4, 6, 7]
+    assert list(found) == [5] and reason in found[5]
+    assert np.isfinite(weighted_mean(kept)).all()
+
+
+def test_a_shard_that_says_it_weighs_more_than_all_others_does_not() -> None:
+    updates = honest(8)
+    updates[2] = replace(updates[2], delta_N=updates[2].delta_N * 3, weight=1e6)
+    kept, found = screen(updates, FederatedConfig(robust="clip"))
+    assert kept[2].weight == pytest.approx(2.0 * np.median([update.weight for update in updates]))
+    assert list(found) == [2] and "medians long, cut to size; its weight is " in found[2]
+    updates[2] = replace(updates[2], delta_N=honest(8)[2].delta_N)
+    assert screen(updates, FederatedConfig(robust="clip"))[1] == {2: "its weight is 9569.4 medians, cut to size"}
+    assert screen(updates, FederatedConfig(robust="trim"))[1] == {}  # which does not weigh
+
+
 def test_an_overlong_update_is_cut_and_named() -> None:
     updates = honest(8)
     updates[2] = replace(updates[2], delta_N=updates[2].delta_N * 1000)

@@ -291,7 +291,9 @@ def poison(kind: str) -> Callable[[int, int, str, bytes], bytes | None]:
         if shard != 1:
             return None
         header, arrays = read_message(reply)
-        factor = {"nan": np.nan, "scaled": 1000.0, "flipped": -1.0}[kind]
+        if kind == "heavy":
+            return write_message({**header, "weight": 1e6}, arrays)
+        factor = {"nan": np.nan, "huge": 1e33, "scaled": 1000.0, "flipped": -1.0}[kind]
         return write_message(header, {"delta": (arrays["delta"] * factor).astype(np.float32)})
 
     return change
@@ -301,6 +303,8 @@ def poison(kind: str) -> Callable[[int, int, str, bytes], bytes | None]:
     ("kind", "robust", "reason"),
     [
         ("nan", "none", "its update is not finite"),
+        ("huge", "none", "too large for a sum"),
+        ("heavy", "clip", "medians, cut to size"),
         ("scaled", "clip", "medians long, cut to size"),
         ("flipped", "clip", "points against the others"),
         ("flipped", "trim", "points against the others"),
@@ -320,7 +324,7 @@ def test_a_poisoned_update_is_bounded_and_named(
     keys = trained_keys(start, "ffa")
     moved, off = (flatten(clean, keys) - flatten(one, keys) for one in (start, ours))
     assert np.linalg.norm(off) < np.linalg.norm(moved)
-    assert (1 in records[0]["took_part"]) == (kind == "scaled")
+    assert (1 in records[0]["took_part"]) == (kind in ("scaled", "heavy"))
 
 
 def test_one_user_moves_the_private_sum_no_further_than_the_bound(prepared: Path, base: Base, tmp_path: Path) -> None:
