@@ -1,9 +1,9 @@
 """Federated shards as Ray actors: everybody is asked, and who does not answer in time is left out.
 
 In: messages to shards. Out: their answers, and why any is missing. An actor hosts one or more shards (`shards.Host`)
-and reads their users' histories alone. The decision a reader would question: nothing is retried here, nor is anyone
-waited for. A round counts without them; an actor that is lost is started again when it is next asked, and one that is
-late is asked again when it has answered what it was asked before.
+and reads their users' histories alone. The decision a reader would question: nothing is retried here. A round counts
+without who is missing; an actor that is lost is started again when it is next asked, and one that is late is asked
+again when it has answered what it was asked before. Only where too few would be left to ask are the late waited for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ray import exceptions
 
 from oppu_ray.config import Config, from_dict, to_dict
 from oppu_ray.pool import actor_class, connect
-from oppu_ray.shards import Host
+from oppu_ray.shards import Host, quorum
 
 POLL_S = 0.5
 
@@ -48,12 +48,12 @@ class ActorHosts:
         self.late: dict[Any, int] = {}
 
     def ask(self, method: str, messages: Mapping[int, bytes], shared: bytes) -> tuple[dict[int, bytes], dict[int, str]]:
-        """Ask all at once and wait `federated.round_timeout_s`.
+        """Ask all at once and wait `federated.round_timeout_s`; before that as long for the late, if they are needed.
 
         Raises:
             ValueError: A shard cannot be set up from the config, or its users' items cannot be trained on.
         """
-        self._settle_late()
+        self._settle_late(messages)
         sent, asked = ray.put(shared), dict[Any, int]()
         replies, missing = dict[int, bytes](), dict[int, str]()
         for number, message in messages.items():
@@ -97,8 +97,16 @@ class ActorHosts:
             ray.kill(self.actors[place])
             self.actors[place] = None
 
-    def _settle_late(self) -> None:
-        if self.late:
-            done, _ = ray.wait(list(self.late), num_returns=len(self.late), timeout=0)
+    def _settle_late(self, messages: Mapping[int, bytes]) -> None:
+        """Forget who has answered by now, or by the time that enough have to ask the rest."""
+        needed = quorum(self.config.federated, len(messages))
+        deadline = time.monotonic() + self.config.federated.round_timeout_s
+        timeout_s = 0.0
+        while self.late:
+            done, _ = ray.wait(list(self.late), num_returns=len(self.late), timeout=timeout_s)
             for reply in done:
                 del self.late[reply]
+            if len(messages.keys() - set(self.late.values())) >= needed or time.monotonic() >= deadline:
+                return
+            self.tick()
+            timeout_s = POLL_S
