@@ -80,17 +80,17 @@ def main(arguments: list[str]) -> int:
 
 
 def ask_users(config: Config, ttl_s: float) -> list[Asked]:
-    """Everybody with an adapter and a history."""
+    """Everybody with an adapter and something to ask in their history."""
     task = get_task(config.task)
     users = []
     with closing(open_vault(config)) as vault:
         for user in vault.registry.users():
             items = vault.read_history(user.user_hash)[-20:]
-            if user.current and items:
+            questions = [
+                {field: getattr(item, field) for field, _ in task.inputs} for item in items if _asks(item, task)
+            ]
+            if user.current and questions:
                 token = vault.registry.create_token("user", user.user_hash, ttl_s)
-                questions = [
-                    {field: getattr(item, field) for field, _ in task.inputs} for item in items if _asks(item, task)
-                ]
                 users.append(Asked(token, questions))
     if not users:
         raise ValueError(f"{config.run_dir}: no user with an adapter and a history; run `oppu run` first")
@@ -110,16 +110,15 @@ def ask_on(
         user = draw.choice(users)
         began = time.monotonic()
         try:
-            if draw.random() < 0.1:
-                hang_up(config, user)
-                continue
+            is_left = draw.random() < 0.1
             arm = draw.choice(["oppu", "oppu", "rag", "task"])
-            status = ask(config, user, {"input": draw.choice(user.questions), "arm": arm})
-            if status == 200:
-                latencies.append(time.monotonic() - began)
-            else:
+            body = {"input": draw.choice(user.questions), "arm": arm}
+            status = hang_up(config, user) if is_left else ask(config, user, body)
+            if status != 200:
                 failures.append(str(status))
-        except OSError as error:
+            elif not is_left:
+                latencies.append(time.monotonic() - began)
+        except (OSError, http.client.HTTPException) as error:
             failures.append(type(error).__name__)
             stop.wait(0.1)  # or a service that is not there would be asked 10,000 times a second
 
@@ -132,11 +131,13 @@ def ask(config: Config, user: Asked, body: dict[str, Any]) -> int:
         return response.status
 
 
-def hang_up(config: Config, user: Asked) -> None:
-    """One stream, left after its first bytes."""
+def hang_up(config: Config, user: Asked) -> int:
+    """One stream, left after its first bytes; the status of its answer."""
     body = {"prompt": "Once upon a time", "max_tokens": config.serve.max_new_tokens, "stream": True}
     with closing(_post(config, user, "/v1/completions", body)) as connection:
-        connection.getresponse().read(64)
+        response = connection.getresponse()
+        response.read(64)
+        return response.status
 
 
 def _post(config: Config, user: Asked, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
