@@ -21,11 +21,13 @@ import numpy as np
 
 from oppu_ray.adapters import peft_from_dict
 from oppu_ray.base_model import Base
-from oppu_ray.config import Config, load_config, located, to_dict
+from oppu_ray.config import Config, StudyConfig, load_config, located, to_dict
 from oppu_ray.core import AdapterState, Example, UserHistory
 from oppu_ray.files import write_atomic
 from oppu_ray.inference import Engine
+from oppu_ray.memory import choose_items
 from oppu_ray.prepared import read_index, read_users
+from oppu_ray.refresh import open_task_base
 from oppu_ray.stages import hardware
 from oppu_ray.vault import open_vault
 from oppu_ray.workers import encode_user, open_base
@@ -52,13 +54,12 @@ def audit_task(config: Config) -> dict[str, float]:
     """Base users' items against target users', by the task base and by the base it was made from."""
     folder = Path(config.run_dir) / "prepare"
     index = read_index(folder)
-    path = Path(json.loads((folder.parent / "adapt" / "result.json").read_text())["task_base"])
     members, others = (
         read_users(folder, index, [size.user_id for size in index.sizes(role)]) for role in ("base", "target")
     )
-    adapting = replace(config, personal=config.adapt)
+    adapting = replace(config, personal=config.adapt, study=StudyConfig())
     losses = []
-    for base in (open_base(config, path), open_base(config)):
+    for base in (open_task_base(config), open_base(config)):
         sides = [[e for user in users for e in encode_user(adapting, user, base)] for users in (members, others)]
         losses.append([score(base, [None], [thinned(side)])[0] for side in sides])
     return compare(*losses)
@@ -68,19 +69,15 @@ def audit_personal(config: Config) -> dict[str, float]:
     """Targets' items against their later queries, by their own adapters and by the task base."""
     folder = Path(config.run_dir) / "prepare"
     index = read_index(folder)
-    adapted, trained = (json.loads((folder.parent / stage / "result.json").read_text()) for stage in ("adapt", "train"))
-    base, run_id, vault = (
-        open_base(config, Path(adapted["task_base"])),
-        trained["fingerprints"]["run"],
-        open_vault(config),
-    )
+    trained = json.loads((folder.parent / "train" / "result.json").read_text())
+    base, run_id, vault = open_task_base(config), trained["fingerprints"]["run"], open_vault(config)
     user_ids = sorted(vault.done(run_id, [size.user_id for size in index.sizes("target")]))
     losses: list[list[list[float]]] = [[[], []], [[], []]]
     for user in read_users(folder, index, user_ids[: config.evaluate.max_users or None]):
         version = vault.registry.unit_version(run_id, vault.user_hash(user.user_id))
         adapter, _ = vault.load(user.user_id, version, base_fingerprint=base.fingerprint)
         later = UserHistory(user.user_id, user.role, user.queries)
-        sides = [encode_user(config, one, base) for one in (user, later)]
+        sides = [encode_user(config, one, base) for one in (choose_items(config, user), later)]
         for model, own in enumerate((adapter, None)):
             for side, scores in enumerate(score(base, [own, own], sides)):
                 losses[model][side] += scores

@@ -27,6 +27,7 @@ from oppu_ray.packing import plan_packs
 from oppu_ray.pool import RayWorker, connect
 from oppu_ray.prepared import read_index
 from oppu_ray.progress import Progress
+from oppu_ray.refresh import task_base_path
 from oppu_ray.stages import hardware
 from oppu_ray.workers import run_units
 
@@ -104,7 +105,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     config = located(load_config(options.config, options.overrides))
     run_dir = Path(config.run_dir)
-    task_base = Path(json.loads((run_dir / "adapt" / "result.json").read_text())["task_base"])
+    task_base = task_base_path(config)
     packs = plan_packs(read_index(run_dir / "prepare").sizes("target"), config.personal)[: options.packs]
     units = [(pack.user_ids,) for pack in packs]
     connect()

@@ -32,16 +32,21 @@ LEASE_S = 60.0
 
 def open_task_base(config: Config) -> Base:
     """The base that a run's personal adapters stand on. ValueError if the run has not got that far."""
+    return open_base(config, task_base_path(config))
+
+
+def task_base_path(config: Config) -> Path:
+    """Where that base is. ValueError if the run has not got that far."""
     path = Path(config.run_dir) / "adapt" / "result.json"
     if not path.exists():
         raise ValueError(f"{path} does not exist: run `adapt` with this config first")
-    return open_base(config, Path(json.loads(path.read_text())["task_base"]))
+    return Path(json.loads(path.read_text())["task_base"])
 
 
 def refresh_user(
     config: Config, vault: Vault, user: str, base: Base, progress: Callable[[int, int], None] | None = None
 ) -> UserDone:
-    """Train a user on all of their history in the vault, and commit the adapter.
+    """Train a user on all of their history in the vault (whatever `study.items` says), and commit the adapter.
 
     The user is leased meanwhile: who forgets them, or some of their items, during the training has the last word.
 
@@ -53,6 +58,7 @@ def refresh_user(
         Refused: The user is being trained elsewhere, or was forgotten meanwhile.
         ValueError: No history, an item that cannot be trained on, or the vault failed.
     """
+    config = replace(config, study=replace(config.study, items="all"))
     user_hash = vault.user_hash(user)
     lease = vault.lease(user_hash, f"refresh-{secrets.token_hex(8)}", LEASE_S)
     try:

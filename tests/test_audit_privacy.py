@@ -36,6 +36,7 @@ def test_what_was_learnt_by_heart_is_found(
     for name, options in {
         "heart": ["personal.max_steps=40", "personal.learning_rate=0.03", "personal.items_per_step=8"],
         "noise": ["personal.max_steps=2", "privacy.noise_multiplier=50"],
+        "study": ["personal.max_steps=2", "study.items=last_3", "study.pairs=next_token"],
     }.items():
         oppu("train", path, *options)
         monkeypatch.setattr(sys, "argv", ["audit_privacy", str(path), *options])
@@ -47,3 +48,5 @@ def test_what_was_learnt_by_heart_is_found(
     assert heart["auc_difference"] > 0.65 and heart["auc_difference"] > noise["auc_difference"]
     assert heart["auc_without"] == noise["auc_without"]
     assert 0.0 <= rows["heart"]["task adapter"]["auc"] <= 1.0
+    assert rows["study"]["personal adapters"]["num_members"] == 9  # what it was not trained on is no member
+    assert rows["study"]["task adapter"] == rows["heart"]["task adapter"]  # no study is about the task adapter

@@ -247,7 +247,7 @@ def test_items_are_added_once_and_a_wrong_one_is_named(
 def test_refresh_use_rollback_and_diff(users: Callable[..., Any], config: Path, tmp_path: Path) -> None:
     (tmp_path / "new.jsonl").write_text('{"id": "later", "time": "2021-01-02", "text": "a film", "label": "comedy"}')
     users("history", "add", "user-1", tmp_path / "new.jsonl")
-    loaded, steps = load_config(config), []
+    loaded, steps = load_config(config, ["study.items=last_2"]), []
     vault, base = open_vault(loaded), open_task_base(loaded)
     before = digests(tmp_path / "run")
     done = refresh_user(loaded, vault, "user-1", base, lambda step, of: steps.append((step, of)))
@@ -259,6 +259,7 @@ def test_refresh_use_rollback_and_diff(users: Callable[..., Any], config: Path, 
     first, second, third = users("versions", "user-1")
     assert (second["version"], third["version"]) == (done.version, by_hash.version) and third["is_current"]
     assert second["manifest"]["item_ids"] == ["u1-0", "u1-1", "u1-2", "later"] and second["run_id"] == ""
+    assert "study" not in second["manifest"]["recipe"]  # all items are what it learns from
     assert set(users("diff", "user-1", done.version, by_hash.version)["tensors"].values()) == {0.0}  # the seed is kept
     assert max(users("diff", "user-1", first["version"], done.version)["tensors"].values()) > 0
     assert users("rollback", "user-1") == {"current": done.version}
