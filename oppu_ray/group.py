@@ -9,6 +9,7 @@ the users it had committed, and what it then says twice is said once.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -63,10 +64,8 @@ def train_shards(
     pack_of = {user_id: pack for pack in packs for user_id in pack[1]}
     num_left = len(pack_of)
     job = {"task_base": str(task_base), "run_id": run_id, "shards": shards}
-    for done in run_group(config, _train, job, progress, telemetry, should_stop):
+    for done in _said_once(run_group(config, _train, job, progress, telemetry, should_stop)):
         rank, waiting = pack_of[done.user_id]
-        if done.user_id not in waiting:
-            continue  # said before the group started again
         yield done
         waiting.remove(done.user_id)
         num_left -= 1
@@ -74,6 +73,18 @@ def train_shards(
         if not waiting:
             progress.pack_done()
             telemetry.add("oppu_packs_done_total", worker=rank)
+
+
+def _said_once(results: Iterator[UserDone]) -> Iterator[UserDone]:
+    """Each user once, however often the group starts; what its next start may make good, when it has ended."""
+    said, unsaid = set[str](), dict[str, UserDone]()
+    for done in results:
+        if done.is_retryable:
+            unsaid[done.user_id] = done
+        elif done.user_id not in said:
+            said.add(done.user_id)
+            yield done
+    yield from (done for user_id, done in unsaid.items() if user_id not in said)
 
 
 def adapt(config: Config, progress: Progress) -> TrainResult:
@@ -85,8 +96,10 @@ def adapt(config: Config, progress: Progress) -> TrainResult:
     for message in run_group(config, _adapt, {}, progress, _start(config, TASK_ADAPTER)):
         if isinstance(message, TrainResult):
             trained = message
-        else:
-            progress.advance(1, message)
+            continue
+        step, num_tokens = message
+        if step > progress.num_done:  # a group that begins anew takes its first steps again
+            progress.advance(1, num_tokens)
     if trained.adapter is None:
         return trained
     tensors = {name: tensor.copy() for name, tensor in trained.adapter.tensors.items()}  # Ray's own are read-only
@@ -210,10 +223,11 @@ def _train(job: dict[str, Any]) -> None:
 
 def _adapt(job: dict[str, Any]) -> None:
     config, base, group = _join(job, None, share_steps=True)
+    steps = itertools.count(1)
 
     def progress(num_tokens: int, _: int) -> None:
         if group.rank == 0:
-            job["results"].put(num_tokens)
+            job["results"].put((next(steps), num_tokens))
 
     result = train_together(base.model, task_work(config, base), config.adapt, group, progress)
     if group.rank == 0:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,10 @@ Work = tuple[Any, ...]
 
 @dataclass
 class _Shard:
-    """A shard's units still to do, and the actor that owns it: asked for, ready, or running `unit`."""
+    """A shard's units still to do, and the actor that owns it: asked for, ready, or running `unit`.
+
+    `unsaid` are the failures in `unit` that its next run, if it must be run again, may make good.
+    """
 
     number: int
     waiting: list[Work]
@@ -58,6 +61,7 @@ class _Shard:
     lost_at: float | None = None
     stream: Any = None
     unit: Work | None = None
+    unsaid: list[Any] = field(default_factory=list)
 
     @property
     def event(self) -> Any:
@@ -144,7 +148,7 @@ class _Pool:
             else:
                 self._drop(shard)
         if shard.is_idle and shard.waiting:
-            shard.unit = shard.waiting.pop(0)
+            shard.unit, shard.unsaid = shard.waiting.pop(0), []
             shard.stream = shard.actor.run.remote(self.method, shard.unit)
 
     def _adopt(self, shard: _Shard) -> None:
@@ -167,6 +171,8 @@ class _Pool:
             result = ray.get(next(shard.stream))
         except StopIteration:
             shard.stream = shard.unit = None
+            for result in shard.unsaid:
+                yield from self._say(shard, result)
             self.progress.pack_done()
             self._count(shard, "oppu_packs_done_total")
         except exceptions.RayTaskError as error:
@@ -186,10 +192,19 @@ class _Pool:
             if self.deaths[unit or shard.number] >= MAX_DEATHS:
                 yield from self._give_up(shard, unit)
         else:
-            if result.key not in self.seen:
-                self.seen.add(result.key)
-                self._count_result(shard, result)
-                yield result
+            if self.method == "train" and result.is_retryable:
+                shard.unsaid.append(result)
+            else:
+                yield from self._say(shard, result)
+
+    def _say(self, shard: _Shard, result: Any) -> Iterator[Any]:
+        """Yield a result, unless it was said before."""
+        if result.key not in self.seen:
+            self.seen.add(result.key)
+            if self.method == "train":
+                self.num_left -= 1
+                self.telemetry.settle(result, self.num_left, shard.number)
+            yield result
 
     def _ask_again(self, shard: _Shard, error: Exception) -> None:
         """A request or its reply was lost, and the actor may be well: it answers when it has done what it did get."""
@@ -230,21 +245,13 @@ class _Pool:
             what = "while it answered" if unit else "before it began"
             raise ClusterLost(f"worker {shard.number} was lost {MAX_DEATHS} times {what} (see the warnings above)")
         shard.waiting.remove(unit)
+        reason = f"their pack cost {MAX_DEATHS} workers and was given up"
         for user_id in unit[0]:
-            if (user_id,) not in self.seen:
-                given_up = failed(user_id, f"their pack cost {MAX_DEATHS} workers and was given up", is_retryable=True)
-                self.seen.add(given_up.key)
-                self._count_result(shard, given_up)
-                yield given_up
+            yield from self._say(shard, failed(user_id, reason, is_retryable=True))
 
     def _count(self, shard: _Shard, name: str, value: float = 1) -> None:
         if self.method == "train":
             self.telemetry.add(name, value, shard.number)
-
-    def _count_result(self, shard: _Shard, result: Any) -> None:
-        if self.method == "train":
-            self.num_left -= 1
-            self.telemetry.settle(result, self.num_left, shard.number)
 
     def _check_head(self) -> None:
         now = time.monotonic()

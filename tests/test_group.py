@@ -16,8 +16,9 @@ from reference import IA3, LORA, TRAIN, difference, make_user, random_examples, 
 from safetensors.torch import load_file
 from tiny import tiny_base
 
+from oppu_ray import group
 from oppu_ray.config import BaseConfig, Config, PeftConfig, WorkersConfig, load_config
-from oppu_ray.core import TrainResult, UserWork
+from oppu_ray.core import TrainResult, UserDone, UserWork
 from oppu_ray.group import run_group, train_shards
 from oppu_ray.layers import fuse_layers
 from oppu_ray.progress import Progress
@@ -26,6 +27,7 @@ from oppu_ray.stages import _plan, evaluate
 from oppu_ray.telemetry import Telemetry
 from oppu_ray.training import attached, train_pack
 from oppu_ray.vault import Vault
+from oppu_ray.workers import failed
 
 ROOT = Path(__file__).resolve().parents[1]
 DROPOUT = replace(LORA, dropout=0.5)
@@ -208,6 +210,25 @@ def test_a_killed_and_a_hanging_rank_and_a_bad_user_cost_nobody_else_their_adapt
         assert difference(found, expected) < 1e-5
     for vault in vaults:
         vault.close()
+
+
+def test_a_group_that_starts_again_counts_no_step_twice_and_makes_failures_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def came(*messages: Any) -> None:
+        monkeypatch.setattr(group, "run_group", lambda *_: iter(messages))
+
+    monkeypatch.setattr(group, "_start", lambda *_: Telemetry("test"))
+    progress, trained = Progress(), TrainResult("task adapter", None, (), "a loss of nan")
+    came((1, 10), (2, 20), (1, 10), (2, 20), (3, 30), trained)  # lost after two steps
+    assert group.adapt(Config(), progress) == trained
+    assert (progress.num_done, progress.num_tokens) == (3, 60)
+    a, b = (UserDone(user_id, "1", None, 1.0, 0.5, 2, 10) for user_id in "ab")
+    refused = [failed(user_id, "the registry is locked", is_retryable=True) for user_id in "ac"]
+    came(refused[0], b, b, a, refused[1], refused[1])
+    shards = [[(("a", "b"),), (("c",),)]]
+    assert list(train_shards(Config(), Path("base"), "run", shards, progress)) == [b, a, refused[1]]
+    assert progress.num_packs_done == 2
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from oppu_ray import pool
 from oppu_ray.config import Config
 from oppu_ray.core import UserDone
 from oppu_ray.progress import ClusterLost, Interrupted, Progress
+from oppu_ray.workers import failed
 
 A, B, C, D = (("a1", "a2"),), (("b1",),), (("c1", "c2", "c3"),), (("d1",),)
 DIED, NO_MEMORY = exceptions.ActorDiedError(), exceptions.OutOfMemoryError("the node ran out of memory")
@@ -125,6 +126,15 @@ def test_a_new_actor_takes_over_the_shard_of_a_lost_one_and_nothing_is_said_twic
     assert users(run([A, B], [D], progress=progress)) == ["a1", "a2", "b1", "d1"]
     assert [unit for number, unit in ray.runs if number == 0] == [A, A, B] and ray.num_actors[0] == 2
     assert progress.num_recoveries == len(progress.recovery_s) == 1
+
+
+def test_a_failure_that_the_next_run_of_its_pack_makes_good_is_not_said(ray: FakeRay, run: Run) -> None:
+    refused = [failed(user_id, "the registry is locked", is_retryable=True) for user_id in ("a1", "b1")]
+    ray.script[A] = [[refused[0], DIED], done("a1", "a2")]
+    ray.script[B] = [[refused[1]]]
+    results = {one.user_id: one for one in run([A, B])}
+    assert users(list(results.values())) == ["a1", "a2", "b1"]
+    assert [user_id for user_id, one in results.items() if one.error] == ["b1"]
 
 
 def test_a_pack_killed_for_memory_is_halved_until_it_fits(ray: FakeRay, run: Run) -> None:
