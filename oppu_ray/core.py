@@ -113,10 +113,6 @@ class UserWork:
     peft: PeftConfig
     steps: tuple[tuple[Example, ...], ...]
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(example.input_ids) for step in self.steps for example in step)
-
 
 @dataclass(frozen=True)
 class UserSize:

@@ -341,12 +341,12 @@ def drop_states(folder: Path) -> None:
 
 def summarise_rounds(config: Config, index: Index, folder: Path) -> dict[str, Any]:
     """What `result.json` says of the rounds in a folder; see the README."""
+    federated, shards = config.federated, plan_base_shards(config, index)
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("round-*.json"))]
-    shards = plan_base_shards(config, index)
-    text = {number: sum(index.entries[user].length for user in users) for number, users in shards.items()}
+    num_parts = federated.num_shards if federated.split == "items" else 1  # a shard's part of everybody's items
+    text = {number: sum(index.entries[user].length for user in own) // num_parts for number, own in shards.items()}
     up = {number: sum(record["bytes_up"].get(str(number), 0) for record in records) for number in shards}
     down = {number: sum(record["bytes_down"].get(str(number), 0) for record in records) for number in shards}
-    federated = config.federated
     summary: dict[str, Any] = {
         "bytes_text": text,
         "bytes_up": up,

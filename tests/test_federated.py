@@ -22,7 +22,7 @@ from oppu_ray.aggregation import Arrays, RoundState, flatten, linear_name, train
 from oppu_ray.base_model import Base, load_base
 from oppu_ray.cli import main
 from oppu_ray.config import Config, load_config
-from oppu_ray.federated import LocalHosts, RoundRecord, load_state, plan_base_shards, train_rounds
+from oppu_ray.federated import LocalHosts, RoundRecord, load_state, plan_base_shards, summarise_rounds, train_rounds
 from oppu_ray.prepared import read_index
 from oppu_ray.progress import ClusterLost, Progress
 from oppu_ray.shards import Shard, read_message, read_state, write_message
@@ -389,6 +389,14 @@ def test_a_pull_back_and_a_slow_server_move_less(prepared: Path, base: Base, tmp
     free = length(method="ffa")
     assert length(prox=100.0) < 0.8 * free
     assert length(server="adam", server_rate=1e-6) < 0.01 * free
+
+
+def test_shards_that_share_everybodys_items_have_no_more_text_than_there_is(prepared: Path, tmp_path: Path) -> None:
+    index = read_index(run_dir(prepared) / "prepare")
+    all_bytes = sum(index.entries[size.user_id].length for size in index.sizes("base"))
+    for split in ("users", "items"):
+        text = summarise_rounds(configured(prepared, split=split), index, tmp_path)["bytes_text"]
+        assert len(text) == NUM and all_bytes - NUM < sum(text.values()) <= all_bytes
 
 
 def test_items_dealt_by_chance_are_each_at_one_shard(prepared: Path, base: Base, tmp_path: Path) -> None:
