@@ -123,7 +123,7 @@ def _make_task_base(config: Config, index: Index, base: Base, target: Path, roun
     if trained.adapter is None:
         raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
     merge_adapter(base, trained.adapter, target)
-    return {"losses": trained.losses, "num_tokens": trained.num_useful_tokens}
+    return {"losses": trained.losses, "num_tokens": trained.num_useful_tokens, "was_done": was_done}
 
 
 def _train_task_adapter(config: Config, index: Index, base: Base) -> TrainResult:

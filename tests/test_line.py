@@ -82,10 +82,10 @@ def test_every_result_has_its_documented_keys(inline: Path) -> None:
     results = {stage: result(inline, stage) for stage in ("prepare", "adapt", "train", "evaluate")}
     own = {
         "prepare": "num_target_users num_target_items num_base_users num_base_items num_queries num_rejected",
-        "adapt": "task_base losses num_tokens",
+        "adapt": "task_base losses num_tokens was_done",
         "train": "num_done num_trained num_failed num_to_retry failed num_packs num_split_users num_recoveries "
-        "adapter_bytes recovery_s shard_words num_tokens useful_tokens_per_s users_per_hour",
-        "evaluate": "arms gains nll_gains controls nll_controls history",
+        "was_done adapter_bytes recovery_s shard_words num_tokens useful_tokens_per_s users_per_hour",
+        "evaluate": "arms gains nll_gains controls nll_controls history has_times was_done",
     }
     prints = {
         "prepare": {"histories"},
