@@ -305,12 +305,6 @@ class StudyConfig:
         if self.pairs not in PAIR_FORMS:
             raise ValueError(f"study.pairs is {self.pairs!r}; expected one of {', '.join(PAIR_FORMS)}")
 
-    def num_items(self, num: int) -> int:
-        """How many of a user's items `memory.choose_items` leaves of `num`."""
-        if self.items.startswith("last_"):
-            return min(num, int(self.items.removeprefix("last_")))
-        return num if self.items == "all" else (num + 1) // 2
-
     @property
     def recipe(self) -> dict[str, Any]:
         """What an adapter depends on; empty for the defaults."""

@@ -25,7 +25,7 @@ from oppu_ray import __version__
 from oppu_ray.adapter_files import TENSORS_NAME
 from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
-from oppu_ray.config import Config, MemoryConfig, to_dict
+from oppu_ray.config import Config, MemoryConfig, StudyConfig, to_dict
 from oppu_ray.core import Pack, Prediction, TrainResult, UserHistory
 from oppu_ray.evaluation import Arm, answer_by_habit, format_table, parse_arm, summarise
 from oppu_ray.federated import drop_states, format_summary, summarise_rounds, train_rounds
@@ -155,6 +155,11 @@ def train(config: Config) -> dict[str, Any]:
             "privacy.noise_multiplier protects an item in its own example, and arms of evaluate.arms with a user's own "
             "adapter and a memory (oppu_k<K>, oppu_pag) show it in others' prompts; expected oppu alone"
         )
+    if config.privacy.noise_multiplier and config.study != StudyConfig():
+        raise ValueError(
+            "privacy.noise_multiplier protects an item in its own example, and by a study it decides over others'; "
+            "expected study.items=all study.pairs=aligned"
+        )
     results = [_train(one) for one in kinds]
     return {**results[0], "num_to_retry": sum(result["num_to_retry"] for result in results)}
 
@@ -220,7 +225,7 @@ def _train(config: Config) -> dict[str, Any]:
 
 def _personal_privacy(config: Config, index: Index) -> dict[str, Any]:
     privacy, personal = config.privacy, config.personal
-    sizes = [config.study.num_items(size.num_items) for size in index.sizes("target")]
+    sizes = [size.num_items for size in index.sizes("target")]
     looks = max(num_looks(num_steps(num, personal), num, personal.items_per_step) for num in sizes)
     cost = epsilon(privacy.noise_multiplier, 1.0, looks, privacy.delta)
     return {"unit": "item", "epsilon": cost, "delta": privacy.delta}

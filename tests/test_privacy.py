@@ -13,9 +13,8 @@ from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
 from oppu_ray import stages
-from oppu_ray.config import Config, PeftConfig, PrivacyConfig, StudyConfig, TaskConfig, TrainConfig, load_config
-from oppu_ray.core import Example, Item, UserHistory, UserWork
-from oppu_ray.memory import choose_items
+from oppu_ray.config import PeftConfig, PrivacyConfig, TrainConfig, load_config
+from oppu_ray.core import Example, UserWork
 from oppu_ray.privacy import clipped, epsilon, gaussian, is_drawn, noise_key, num_looks, private_backward
 from oppu_ray.training import attached, backward_step, train_pack
 from oppu_ray.vault import Vault
@@ -159,17 +158,6 @@ def test_private_personal_training_is_a_run_of_its_own_and_says_what_it_costs(fo
     vault.close()
     assert oppu("train", config, "privacy.noise_multiplier=2.0")["num_trained"] == 0
     assert result(config, "train")["config"]["privacy"] == {**vars(PrivacyConfig()), "noise_multiplier": 2.0}
-    few = oppu("train", config, "privacy.noise_multiplier=2.0", "study.items=last_2", "personal.max_steps=4")
-    assert few["privacy"]["epsilon"] == pytest.approx(epsilon(2.0, 1.0, 4, 1e-5))  # both items are in every step
-
-
-@pytest.mark.parametrize("items", ["all", "last_1", "last_3", "similar", "dissimilar"])
-def test_the_account_knows_how_many_items_a_study_leaves(items: str) -> None:
-    config = Config(task=TaskConfig("product_rating"), study=StudyConfig(items))
-    for num in range(1, 6):
-        films = tuple(Item(str(number), text=f"film {number}", label="5") for number in range(num))
-        left = choose_items(config, UserHistory("user", "target", films, films[:1])).items
-        assert len(left) == config.study.num_items(num)
 
 
 @pytest.mark.parametrize("arm", ["oppu_k1", "oppu_pag"])
@@ -184,3 +172,10 @@ def test_a_base_that_is_shared_out_gives_no_single_gradients(folder: Path, tmp_p
     config = load_config(write_config(tmp_path, folder, tmp_path / "none"), ["privacy.noise_multiplier=1"])
     with pytest.raises(ValueError, match="expected base.sharding=none"):
         stages.train(replace(config, base=replace(config.base, sharding="zero3")))
+
+
+@pytest.mark.parametrize("study", ["study.items=last_2", "study.items=similar", "study.pairs=mixed"])
+def test_an_item_that_decides_over_other_examples_has_no_account(folder: Path, tmp_path: Path, study: str) -> None:
+    config = load_config(write_config(tmp_path, folder, tmp_path / "none"), ["privacy.noise_multiplier=1", study])
+    with pytest.raises(ValueError, match="expected study.items=all study.pairs=aligned"):
+        stages.train(config)
