@@ -21,7 +21,7 @@ from typing import Any
 from oppu_ray.config import DataConfig, TaskConfig
 from oppu_ray.core import Item, Rejected, UserHistory
 from oppu_ray.formats import RawUser, bounded_lines, read_users, short, user_name
-from oppu_ray.tasks import Task, get_task, missing_fields, task_name
+from oppu_ray.tasks import Task, get_task, missing_fields, needed_field, task_name
 
 ROLES = ("target", "base")
 DEFAULT_TARGETS = 100
@@ -250,9 +250,7 @@ def _item(raw: object, number: int, task: Task) -> Item:
         context=_texts(raw, "context", where),
         options=_texts(raw, "options", where),
     )
-    missing = missing_fields(task, item)
-    if missing and not (task.strategies and item.text):
-        field = "text" if task.strategies else missing[0]
+    if field := needed_field(task, item):
         raise _Bad(raw.get(field), f"{where}: {field} is missing or empty; {task.name} needs it in every item")
     if task.labels and item.label is not None and item.label not in task.labels:
         raise _Bad(item.label, f"{where}: label is outside the set; expected one of {', '.join(task.labels)}")

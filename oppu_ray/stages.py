@@ -96,8 +96,10 @@ def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
         if not index.sizes("base"):
             print("no base users: personal adapters stand on the base model itself")
             result["fingerprints"]["task_base"] = base.fingerprint
+            result["was_done"] = True
             return result
         with only_driver(_folder(config, "") / f".adapt-{task_id}.lock", lambda: False):
+            result["was_done"] = target.exists()
             result |= _make_task_base(config, index, base, target, rounds)
         result["fingerprints"]["task_base"] = load_base(config.base, target).fingerprint
     return result
@@ -105,9 +107,8 @@ def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
 
 def _make_task_base(config: Config, index: Index, base: Base, target: Path, rounds: Path) -> dict[str, Any]:
     """Train the task adapter and merge it into `target`, where that is not done; what the result says of it."""
-    was_done = target.exists()
     if config.federated.num_shards:
-        if not was_done:
+        if not target.exists():
             with progress_bar(
                 "federated rounds", config.federated.num_rounds, "round", _folder(config, ""), "adapt"
             ) as progress:
@@ -116,14 +117,14 @@ def _make_task_base(config: Config, index: Index, base: Base, target: Path, roun
         drop_states(rounds)
         summary = summarise_rounds(config, index, rounds)
         print(format_summary(summary))
-        return {"federated": summary, "was_done": was_done}
-    if was_done:
-        return {"was_done": was_done}
+        return {"federated": summary}
+    if target.exists():
+        return {}
     trained = _train_task_adapter(config, index, base)
     if trained.adapter is None:
         raise ValueError(f"the task adapter did not train: {trained.error}; lower adapt.learning_rate")
     merge_adapter(base, trained.adapter, target)
-    return {"losses": trained.losses, "num_tokens": trained.num_useful_tokens, "was_done": was_done}
+    return {"losses": trained.losses, "num_tokens": trained.num_useful_tokens}
 
 
 def _train_task_adapter(config: Config, index: Index, base: Base) -> TrainResult:

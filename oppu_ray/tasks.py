@@ -210,6 +210,16 @@ def missing_fields(task: Task, item: Item) -> tuple[str, ...]:
     return tuple(field for field in (*(field for field, _ in task.inputs), task.target) if not getattr(item, field))
 
 
+def needed_field(task: Task, item: Item) -> str | None:
+    """The field for want of which nothing can be learnt from `item`, or None: where the task has strategies for items
+    without a pair, a text will do.
+    """
+    missing = missing_fields(task, item)
+    if not missing or (task.strategies and item.text):
+        return None
+    return "text" if task.strategies else missing[0]
+
+
 def one_line(text: str, max_words: int = 0) -> str:
     """`text` with white space as single spaces, cut to `max_words` words (0: not cut)."""
     words = text.split()

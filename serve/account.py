@@ -24,7 +24,7 @@ from oppu_ray.archive import export_user
 from oppu_ray.core import Item
 from oppu_ray.forget import forget_items, forget_user
 from oppu_ray.registry import Token, UserHash
-from oppu_ray.tasks import get_task, missing_fields
+from oppu_ray.tasks import get_task, needed_field
 from oppu_ray.vault import Vault
 from serve.api import Body, User
 from serve.guard import RETRY_AFTER_S, error, signed_in
@@ -166,9 +166,7 @@ def append(request: Request, user: User, body: NewItems) -> dict[str, Any]:
     config = request.app.state.config
     task, items = get_task(config.task), [new.item() for new in body.items]
     for item in items:
-        missing = missing_fields(task, item)
-        if missing and not (task.strategies and item.text):
-            field = "text" if task.strategies else missing[0]
+        if field := needed_field(task, item):
             raise error(400, "bad_request", f"item {item.item_id!r}: {task.name} needs the field {field!r}")
         if task.labels and item.label and item.label not in task.labels:
             raise error(400, "bad_request", f"item {item.item_id!r}: label: expected one of {', '.join(task.labels)}")
