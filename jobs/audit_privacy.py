@@ -25,10 +25,10 @@ from oppu_ray.config import Config, StudyConfig, load_config, located, to_dict
 from oppu_ray.core import AdapterState, Example, UserHistory
 from oppu_ray.files import write_atomic
 from oppu_ray.inference import Engine
+from oppu_ray.machine import hardware
 from oppu_ray.memory import choose_items
 from oppu_ray.prepared import read_index, read_users
 from oppu_ray.refresh import open_task_base
-from oppu_ray.stages import hardware
 from oppu_ray.vault import open_vault
 from oppu_ray.workers import encode_user, open_base
 

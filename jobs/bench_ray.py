@@ -23,12 +23,12 @@ import ray
 
 from oppu_ray.config import Config, load_config, located, to_dict
 from oppu_ray.files import write_atomic
+from oppu_ray.machine import hardware
 from oppu_ray.packing import plan_packs
 from oppu_ray.pool import RayWorker, connect
 from oppu_ray.prepared import read_index
 from oppu_ray.progress import Progress
 from oppu_ray.refresh import task_base_path
-from oppu_ray.stages import hardware
 from oppu_ray.workers import run_units
 
 

@@ -7,7 +7,8 @@ Systems: `base_only`, `ours_1`, `ours_8`, `ours_32` (32 rows of one engine weari
 and `vllm_base_only` (`jobs/peers/vllm.py`, where its interpreter is given). Then users drawn at random from 1 to 2,000
 for 32 slots: `closed_<users>` are 32 clients who ask again when answered, `open_<users>` ask at their own pace,
 at 60 % of the rate of `closed_32`. Adapters come from a vault of 10,000 registered users; `cold` is what a user who is
-not resident waits for beyond a resident one. Prompts are random tokens and no answer ends early.
+not resident waits for beyond a resident one. Prompts are random tokens and no answer ends early. All systems compute in
+the type that ours would (`machine.compute_dtype`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +64,7 @@ def main() -> int:
 def compare(options: argparse.Namespace) -> int:
     """Write the adapters, run every system in a process of its own, print the table and the ratios."""
     from oppu_ray.files import write_atomic
-    from oppu_ray.stages import hardware
+    from oppu_ray.machine import hardware
 
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -96,8 +98,10 @@ def compare(options: argparse.Namespace) -> int:
 
 def open_config(options: argparse.Namespace) -> Any:
     from oppu_ray.config import load_config
+    from oppu_ray.machine import compute_dtype
 
-    return load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
+    return replace(config, base=replace(config.base, dtype=compute_dtype(config.base.dtype, config.base.device)))
 
 
 def write_adapters(options: argparse.Namespace, folder: Path) -> None:

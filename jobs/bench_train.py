@@ -7,7 +7,7 @@ model with all adapters, `adapter_names` per row, eval mode), both also with our
 PEFT has (`..._tuned`), `mlora` and `skyrl_tx` (`jobs/peers/`, on CPU, where an interpreter that has them is given),
 `ours_unshared` (no prefix sharing), `ours`, and `ours_one_user` (for memory). The floor is 4 P FLOP per useful token, P
 the parameters in matrix products, at the best matrix product that this machine reaches in the same run. Useful tokens
-count what a user's step shares once.
+count what a user's step shares once. All systems compute in the type that ours would (`machine.compute_dtype`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ INSTALL = {
 TUNED = "_tuned"
 RIVALS = ("peft_sequential", "peft_mixed", "peft_sequential_tuned", "peft_mixed_tuned", *PEERS)
 SYSTEMS = (*RIVALS, "ours_unshared", "ours", "ours_one_user")
-MIXED_ROWS = 32
+MIXED_BYTES = 64  # rows of a mixed batch times bytes of a number: 32 rows in 16 bits took 24 GB
 
 
 def main() -> int:
@@ -65,9 +66,10 @@ def compare(options: argparse.Namespace) -> int:
     """Make the work file, run every system in turn `repeats` times, print medians and ratios."""
     from oppu_ray.config import load_config
     from oppu_ray.files import write_atomic
-    from oppu_ray.stages import hardware
+    from oppu_ray.machine import compute_dtype, hardware
 
     config = load_config(options.config, [*options.overrides, f"base.device={options.device}"])
+    config = replace(config, base=replace(config.base, dtype=compute_dtype(config.base.dtype, options.device)))
     on_cpu = options.device == "cpu"
     interpreters = {"mlora": options.mlora_python, "skyrl_tx": options.tx_python}
     missing = [system for system in options.systems if system in PEERS and not (interpreters[system] and on_cpu)]
@@ -83,14 +85,19 @@ def compare(options: argparse.Namespace) -> int:
                     run = [interpreters[system], "-m", PEERS[system], str(work_path)]
                 runs[system].append(run_process(run))
                 print(f"{repeat + 1}/{options.repeats} {system}: {runs[system][-1]['elapsed_s']:.1f} s", flush=True)
-    flops = best_product(options.device)
+    flops = best_product(options.device, config.base.dtype)
     rows = {system: summarise_runs(results, work["users"]) for system, results in runs.items()}
     floor = flops / (4 * work["num_matrix_parameters"])
     for row in rows.values():
         row["floor_share"] = row["useful_tokens_per_s"] / floor
     result = {
         "command": "bench train",
-        "config": {"file": str(options.config), "users": options.users, "steps": options.steps},
+        "config": {
+            "file": str(options.config),
+            "users": options.users,
+            "steps": options.steps,
+            "dtype": config.base.dtype,
+        },
         "hardware": hardware(),
         "best_product_flops": flops,
         "floor_tokens_per_s": floor,
@@ -199,8 +206,6 @@ def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(system: str, model: Any, users: Sequence[Any], config: Any) -> tuple[dict[str, float], float]:
-    from dataclasses import replace
-
     from oppu_ray.training import train_pack
 
     results = train_pack(model, users, replace(config, share_prefix=system != "ours_unshared"))
@@ -227,7 +232,8 @@ def peft_sequential(system: str, model: Any, users: Sequence[Any], config: Any) 
 
 
 def peft_mixed(system: str, model: Any, users: Sequence[Any], config: Any) -> tuple[dict[str, float], float]:
-    """All adapters in one PEFT model; batches of 32 rows of similar length name their adapters row by row."""
+    """All adapters in one PEFT model; batches of 32 rows (16 in float32) of similar length name their adapters."""
+    num_rows = MIXED_BYTES // model.dtype.itemsize
     started = time.perf_counter()
     wrapped = attach(model, users)
     wrapped.eval()
@@ -241,8 +247,8 @@ def peft_mixed(system: str, model: Any, users: Sequence[Any], config: Any) -> tu
         totals = {i: sum(e.num_completion for e in users[i].steps[step]) for i, _ in rows}
         sums = dict.fromkeys(totals, 0.0)
         rows.sort(key=lambda row: len(row[1].input_ids))
-        for start in range(0, len(rows), MIXED_ROWS):
-            part = rows[start : start + MIXED_ROWS]
+        for start in range(0, len(rows), num_rows):
+            part = rows[start : start + num_rows]
             values = row_losses(wrapped, [e for _, e in part], [f"u{i}" for i, _ in part])
             sum(value / totals[i] for (i, _), value in zip(part, values, strict=True)).backward()  # type: ignore[union-attr]
             for (i, _), value in zip(part, values.tolist(), strict=True):
@@ -323,8 +329,8 @@ def row_losses(wrapped: Any, examples: Sequence[Any], names: list[str] | None = 
     return flat.view(len(examples), -1).sum(1)
 
 
-def best_product(device: str) -> float:
-    """Best FLOP/s over a few bf16 matrix products, each the median of 20."""
+def best_product(device: str, dtype: str) -> float:
+    """Best FLOP/s over a few matrix products, each the median of 20."""
     import torch
 
     from oppu_ray.kernels import keep_freed_memory
@@ -332,7 +338,7 @@ def best_product(device: str) -> float:
     keep_freed_memory()
     best = 0.0
     for rows, width, out in ((2048, 576, 576), (4096, 576, 1536), (4096, 1536, 576), (4096, 2048, 2048)):
-        x, w = (torch.randn(*s, device=device).bfloat16() for s in ((rows, width), (out, width)))
+        x, w = (torch.randn(*s, device=device, dtype=getattr(torch, dtype)) for s in ((rows, width), (out, width)))
         seconds = _median_seconds(functools.partial(torch.nn.functional.linear, x, w))
         best = max(best, 2 * rows * width * out / seconds)
     return best

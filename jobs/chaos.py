@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from oppu_ray.files import write_atomic
-from oppu_ray.stages import hardware
+from oppu_ray.machine import hardware
 
 INVARIANTS = {
     "I1": "a published adapter is a whole, checksummed version, old or new",

@@ -34,11 +34,11 @@ from oppu_ray.config import BaseConfig, DataConfig, TaskConfig, load_config
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import Receipt, read_receipt
 from oppu_ray.history import load_histories, read_items
+from oppu_ray.machine import hardware
 from oppu_ray.prepared import INDEX_NAME, read_index
 from oppu_ray.profiles import profile_from_json
 from oppu_ray.retrieval import vectors_from_bytes, vectors_to_bytes
 from oppu_ray.sharding import read_settings
-from oppu_ray.stages import hardware
 from oppu_ray.tasks import get_task
 from oppu_ray.vault import Vault
 from tests.serve_tools import token_of, web_of

@@ -26,7 +26,7 @@ import psutil
 from oppu_ray.config import Config, load_config, to_dict
 from oppu_ray.core import Item
 from oppu_ray.files import write_atomic
-from oppu_ray.stages import hardware
+from oppu_ray.machine import hardware
 from oppu_ray.tasks import get_task
 from oppu_ray.vault import open_vault
 

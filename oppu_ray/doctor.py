@@ -20,6 +20,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from oppu_ray.machine import FAST_FLAGS, cpu_flags
+
 PACKAGE = "oppu-ray"
 MIN_FREE_BYTES = 3_000_000_000  # both embedded bases, their wheels, and room to prepare them
 _PIP = f"{sys.executable} -m pip install"
@@ -47,7 +49,7 @@ def run_doctor(home: Path) -> list[Check]:
         check_faiss(),
         check_bitsandbytes(),
         check_compiler(),
-        check_cpu(_cpu_flags()),
+        check_cpu(cpu_flags()),
         check_gpu(),
         check_home(home),
         *check_bases(home),
@@ -120,10 +122,9 @@ def check_compiler() -> Check:
 
 
 def check_cpu(flags: set[str]) -> Check:
-    fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    found = " and ".join(fast) or f"no bfloat16 instructions ({platform.machine()})"
-    advice = "" if fast else "add base.dtype=float32 to a command: it may be faster here"
-    return Check("CPU", True, f"{os.cpu_count()} cores, {found}", advice)
+    fast = " and ".join(sorted(FAST_FLAGS["bfloat16"] & flags))
+    found = fast or f"no bfloat16 instructions ({platform.machine()}): bases are multiplied in float32"
+    return Check("CPU", True, f"{os.cpu_count()} cores, {found}")
 
 
 def check_gpu() -> Check:
@@ -196,12 +197,3 @@ def _version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> set[str]:
-    """The flags of the first core, or none where there is no /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())

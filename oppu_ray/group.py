@@ -23,10 +23,12 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
+from torch import distributed
 
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config, from_dict, to_dict
 from oppu_ray.core import TrainResult, UserDone
+from oppu_ray.machine import compute_dtype
 from oppu_ray.pool import connect, thread_environment
 from oppu_ray.progress import ClusterLost, Interrupted, Progress
 from oppu_ray.sharding import Group, read_settings, train_together
@@ -201,12 +203,19 @@ def _fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], max_restar
 
 def _join(job: dict[str, Any], path: Path | None, share_steps: bool) -> tuple[Config, Base, Group]:
     config = from_dict(job["config"])
-    mapped = replace(config, base=replace(config.base, device="cpu"))
-    base, device = open_base(mapped, path), ray.train.torch.get_device()
+    mapped, device = replace(config, base=replace(config.base, device="cpu")), ray.train.torch.get_device()
+    base = open_base(mapped, path, _common_dtype(config.base.dtype, device))
     group = Group(base.model, job["settings"], device, config.workers.group_timeout_s, share_steps)
     if group.rank == 0:
         job["results"].put(_STARTED)
     return config, base, group
+
+
+def _common_dtype(dtype: str, device: torch.device) -> str:
+    """What all ranks compute in: one that has no products of the base's type makes it float32 for all."""
+    mine = torch.tensor([compute_dtype(dtype, device.type) != dtype], dtype=torch.int32, device=device)
+    distributed.all_reduce(mine, distributed.ReduceOp.MAX)
+    return "float32" if mine.item() else dtype
 
 
 def _train(job: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ _EMPTY_ROW = Row(slot=-1, examples=(Example((0, 0), 1),), num_prefix=0, weight=0
 def read_settings(config: BaseConfig) -> dict[str, Any]:
     """DeepSpeed's settings from the JSON file `base.deepspeed`.
 
-    What a run's own config says wins: precision (`base.dtype`), optimizer, batch and clipping (`adapt`).
+    What a run's own config says wins: optimizer, batch and clipping (`adapt`); the precision is the base's.
 
     Raises:
         ValueError: The file is not JSON, or its ZeRO stage is none of 1, 2, 3, or not 3 for a sharded base.
@@ -51,14 +51,9 @@ def read_settings(config: BaseConfig) -> dict[str, Any]:
     if stage not in (1, 2, 3) or (config.sharding == "zero3" and stage != 3):
         expected = "3 for base.sharding zero3" if config.sharding == "zero3" else "1, 2 or 3"
         raise ValueError(f"base.deepspeed: {path} has zero_optimization.stage {stage!r}; expected {expected}")
-    for name in ("optimizer", "scheduler", "fp16", "train_batch_size"):
+    for name in ("optimizer", "scheduler", "fp16", "bf16", "train_batch_size"):
         settings.pop(name, None)
-    return {
-        **settings,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-    }
+    return {**settings, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
 
 class Group(Ranks):
@@ -76,11 +71,12 @@ class Group(Ranks):
         self, model: nn.Module, settings: dict[str, Any], device: torch.device, timeout_s: float, share_steps: bool
     ):
         self.rank, self.num_ranks = distributed.get_rank(), distributed.get_world_size()
-        self.settings, self.device, self.share_steps = settings, device, share_steps
+        self.settings = {**settings, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}}
+        self.device, self.share_steps = device, share_steps
         self.root: _Root | None = None
         _start_deepspeed()
         if settings["zero_optimization"]["stage"] == 3:
-            self.root = _shard(model, settings, device)
+            self.root = _shard(model, self.settings, device)
         else:
             model.to(device)
         _set_timeout(timeout_s)

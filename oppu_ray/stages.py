@@ -10,18 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import platform
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from oppu_ray import __version__
 from oppu_ray.adapter_files import TENSORS_NAME
 from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
@@ -32,6 +26,7 @@ from oppu_ray.federated import drop_states, format_summary, summarise_rounds, tr
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
+from oppu_ray.machine import hardware
 from oppu_ray.packing import num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
 from oppu_ray.privacy import epsilon, num_looks
@@ -422,20 +417,3 @@ def _result(config: Config, command: str) -> Iterator[dict[str, Any]]:
     yield result
     result["elapsed_s"] = time.monotonic() - started
     write_atomic(_own_folder(config, command) / "result.json", json.dumps(result, indent=1).encode())
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor(),
-        "num_cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "disk_free_bytes": shutil.disk_usage(".").free,
-        "torch": torch.__version__,
-        "oppu_ray": __version__,
-    }

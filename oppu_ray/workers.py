@@ -54,15 +54,15 @@ Unit = tuple[str, ...]
 PROFILE_TOKENS = 160  # for a model to write; `profiles` keeps 120 words
 
 
-def open_base(config: Config, path: Path | None = None) -> Base:
-    """Load the base and make it fast; `path` is a merged task base, None the config's own base.
+def open_base(config: Config, path: Path | None = None, compute: str = "") -> Base:
+    """Load the base and make it fast; `path` and `compute` are `load_base`'s.
 
     Sets `workers.threads` for this process: the number of threads is in the bits of every product.
     """
     if config.workers.threads:
         torch.set_num_threads(config.workers.threads)
     keep_freed_memory()
-    base = load_base(config.base, path)
+    base = load_base(config.base, path, compute)
     # A base to be shared out is too large to be tried whole.
     with nullcontext() if config.base.sharding == "zero3" else same_answers(base.model, _longest_row(config)):
         fuse(base.model)

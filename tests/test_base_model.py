@@ -40,6 +40,17 @@ def llama(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folders["llama"], tmp_path / "llama"))
 
 
+@pytest.fixture(autouse=True)
+def has_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tests on every CPU; those of one without products in 16 bits say so themselves."""
+    monkeypatch.setattr(base_model, "compute_dtype", lambda dtype, device_type: dtype)
+
+
+@pytest.fixture
+def has_slow_products(has_fast_products: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "compute_dtype", lambda dtype, device_type: "float32")
+
+
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=PROMPT).logits.float()
@@ -76,6 +87,56 @@ def test_a_write_reaches_neither_the_file_nor_another_load(llama: Path) -> None:
 
 def test_another_dtype_is_another_base(llama: Path) -> None:
     assert load_base(config_of(llama, "float32")).fingerprint != load_base(config_of(llama)).fingerprint
+
+
+# --- computing in float32 what is kept in 16 bits
+
+
+@pytest.fixture
+def merged(llama: Path, tmp_path: Path) -> Path:
+    """A task base in bfloat16."""
+    merge_adapter(
+        load_base(config_of(llama), compute="bfloat16"), lora(llama, tmp_path / "adapter"), tmp_path / "merged"
+    )
+    return tmp_path / "merged"
+
+
+def test_a_wide_base_is_the_same_base_in_float32(llama: Path, merged: Path, has_slow_products: None) -> None:
+    narrow, wide = load_base(config_of(llama), merged, "bfloat16"), load_base(config_of(llama), merged)
+    assert wide.fingerprint == narrow.fingerprint and wide.path == narrow.path == merged
+    for found, expected in zip(wide.model.parameters(), narrow.model.parameters(), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, expected.float()) and not found.requires_grad
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(merged / "float32") in line]
+    assert mapped and all(line.split()[1] == "rw-p" for line in mapped), "expected a private map of the wide copy"
+
+
+def test_merging_into_a_wide_base_writes_what_merging_into_a_narrow_one_does(
+    llama: Path, tmp_path: Path, merged: Path, has_slow_products: None
+) -> None:
+    merge_adapter(load_base(config_of(llama)), lora(llama, tmp_path / "adapter"), tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+
+
+def test_a_wide_copy_that_cannot_be_kept_is_the_processs_own(
+    llama: Path, merged: Path, has_slow_products: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full, and a user's own folder, where nothing of that size is left."""
+    kept = load_base(config_of(llama), merged)
+    shutil.rmtree(merged / "float32")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(base_model, "_write_base", full)
+    own = load_base(config_of(llama), merged)
+    assert torch.equal(logits(own.model), logits(kept.model)) and not (merged / "float32").exists()
+    assert load_base(config_of(llama)).model.dtype == torch.float32 and not (llama / "float32").exists()
+
+
+def test_a_wide_copy_cut_short_is_made_anew(llama: Path, merged: Path, has_slow_products: None) -> None:
+    (merged / ".float32.killed.partial").mkdir()
+    load_base(config_of(llama), merged)
+    assert not list(merged.glob(".*.partial")) and (merged / "float32").is_dir()
 
 
 def test_missing_gpu_and_unknown_dtype(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_batches_hold_every_row_once_with_its_users_mean_shortest_first() -> Non
 def test_a_peer_with_an_interpreter_gets_a_row_and_one_without_a_way_to_install_it(
     config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_train, "best_product", lambda device: 1e9)
+    monkeypatch.setattr(bench_train, "best_product", lambda device, dtype: 1e9)
     interpreter = tmp_path / "python"
     answer = json.dumps({**result(2.0), "losses": {"user-0": 1.0, "user-1": 2.0}, "note": "a stand-in"})
     interpreter.write_text(f"#!/bin/sh\ntest \"$1 $2\" = '-m jobs.peers.mlora' && test -f \"$3\" && echo '{answer}'\n")

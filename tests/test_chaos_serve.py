@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 import ray
+from clusters import lasting_head
 from faults import until
 from invariants import no_secrets
 from ray.cluster_utils import Cluster
@@ -30,19 +30,10 @@ Record = Callable[[str, object], None]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head that keeps its state on disk."""
-    with tempfile.TemporaryDirectory(prefix="oppu-ray-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        patch.setenv("RAY_gcs_storage", "rocksdb")
-        patch.setenv("RAY_gcs_storage_path", f"{folder}/gcs")
-        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
-        head = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False, "temp_dir": folder}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.folder = Path(folder)
-        ray.init(address=cluster.address, log_to_driver=False)
+    with lasting_head(num_cpus=4) as cluster:
+        ray.init(log_to_driver=False)
         yield cluster
         ray.shutdown()
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

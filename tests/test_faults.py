@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from clusters import lasting_head
 from faults import FaultyWorker, until
 from invariants import check_training, fingerprint, no_secrets
 from line_tools import adapters, oppu, result, run_dir, tagging_user, write_config, write_users
@@ -113,21 +113,10 @@ def run(inline: Run, tmp_path: Path) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head of two cores that keeps its state on disk."""
-    with tempfile.TemporaryDirectory(prefix="oppu-ray-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        patch.setenv("RAY_gcs_storage", "rocksdb")
-        patch.setenv("RAY_gcs_storage_path", f"{folder}/gcs")
-        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # no worker is killed for what else runs on this machine
-        patch.setenv("RAY_metrics_report_interval_ms", "500")
-        head = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_dashboard": False, "temp_dir": folder}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.folder = Path(folder)
-        patch.setenv("RAY_ADDRESS", cluster.address)
+    with lasting_head(num_cpus=2) as cluster:
         ray.init(log_to_driver=False)
         yield cluster
         ray.shutdown()
-        cluster.shutdown()
 
 
 @pytest.fixture(autouse=True)

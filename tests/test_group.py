@@ -267,7 +267,6 @@ def test_what_the_run_says_wins_over_the_deepspeed_file(tmp_path: Path) -> None:
         "steps_per_print": 7,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": False},
     }
 
 

@@ -183,14 +183,17 @@ def test_each_row_is_adapted_by_its_own_slot() -> None:
     assert torch.equal(changed[1:3], q_BHW[1:3]) and not torch.equal(changed[[0, 3]], q_BHW[[0, 3]])
 
 
-def test_packed_linears_compute_the_same_and_are_taken_out_again() -> None:
-    model = tiny_model(dtype=torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_packed_linears_compute_the_same_and_are_taken_out_again(dtype: torch.dtype, tolerance: float) -> None:
+    model = tiny_model(dtype=dtype)
     with torch.inference_mode():
         before = model(input_ids=IDS).logits
         unpack = pack_linears(model)
         packed = model(input_ids=IDS).logits
+    packs = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert any("forward" in vars(module) for module in model.modules()) == packs
     unpack()
-    torch.testing.assert_close(packed, before, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(packed, before, rtol=tolerance, atol=tolerance)
     assert not any("forward" in vars(module) for module in model.modules())
 
 

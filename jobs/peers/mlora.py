@@ -33,7 +33,7 @@ from mlora.model.llm import LlamaModel  # noqa: E402
 from mlora.model.modules import LoRA  # noqa: E402
 
 DROPOUT = 1e-9  # it refuses 0; at this rate nothing is ever dropped
-NOTE = "LoRA in float32 on a bf16 base; nothing is recomputed; every token goes through the LM head"
+NOTE = "LoRA in float32 whatever the base is in; nothing is recomputed; every token goes through the LM head"
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def main() -> None:
     num_rows = len(work["prompts"])
     engine = LLM(
         work["base"],
-        dtype="bfloat16",
+        dtype="auto",
         enable_lora=True,
         max_loras=num_rows,
         max_lora_rank=work["rank"],
