@@ -25,8 +25,9 @@ locked: pyproject.toml constraints.txt requirements.lock
 demo: $(READY)
 	$(BIN)/oppu demo
 
+# Two processes: one has all tests that start a Ray, which wait most of the time.
 test: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff check

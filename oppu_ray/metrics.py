@@ -10,8 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import Any
 
 from oppu_ray.tasks import Task
 
@@ -63,7 +62,9 @@ def score_one(task: Task, gold: str, answer: str) -> dict[str, float]:
 
 
 @cache
-def _rouge_scorer() -> RougeScorer:
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # with NLTK and SciPy, a tenth of what a worker imports
+
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 
 

@@ -30,6 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults the storms of the chaos tests draw")
 
 
+RAY_FIXTURES = {"ray_session", "cluster", "outside", "scraped"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a Ray have one process of pytest-xdist: a driver would find the Ray of another."""
+    for item in items:
+        if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Path]:
     """A Ray of two CPUs on this machine, for one test file, and the folder of its logs; its workers find `oppu_ray`."""

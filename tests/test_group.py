@@ -186,6 +186,7 @@ def pids() -> list[int]:
     return sorted(process.pid for process in family if "RayTrainWorker" in "".join(process.cmdline()))
 
 
+@pytest.mark.timeout(900)  # three starts of a group
 def test_a_killed_and_a_hanging_rank_and_a_bad_user_cost_nobody_else_their_adapter(line: tuple[Path, Path]) -> None:
     alone, together = line
     (run_dir(together) / "adapt" / "result.json").write_text((run_dir(alone) / "adapt" / "result.json").read_text())
