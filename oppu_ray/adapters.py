@@ -545,14 +545,17 @@ class AdapterBank:
         if places.keys() != adapter.tensors.keys():
             odd = sorted(places.keys() ^ adapter.tensors.keys())[:3]
             raise ValueError(f"the adapter's tensors do not match this bank's target modules: {odd}")
-        memory_N = np.zeros(self._slot_size, np.float32)
+        parts, end = [], 0
         for key, place in places.items():
             value = adapter.tensors[key]
             if value.shape != place.shape or value.size > place.room:
                 shapes = f"{value.shape}, expected {place.shape}"
                 raise ValueError(f"the adapter's {key} has shape {shapes} within the bank's rank")
-            value = value.T if place.is_b else value
-            memory_N[place.start : place.start + value.size].reshape(value.shape)[...] = value
+            if end < place.start:
+                parts.append(np.zeros(place.start - end, np.float32))
+            parts.append((value.T if place.is_b else value).ravel())
+            end = place.start + value.size
+        memory_N = np.concatenate([*parts, np.zeros(self._slot_size - end, np.float32)])
         if not np.isfinite(memory_N).all():
             key = next(key for key, value in adapter.tensors.items() if not np.isfinite(value).all())
             raise ValueError(f"the adapter's {key} has a value that is not finite")
@@ -574,7 +577,7 @@ class AdapterBank:
         self._clear(slot)
 
     def _find_places(self, peft: PeftConfig) -> dict[str, Place]:
-        """PEFT's on-disk name -> where the bank has it."""
+        """PEFT's on-disk name -> where the bank has it, in the order of a slot's memory."""
         found: list[tuple[str, Stack | None, tuple[int, ...]]] = []
         for linear in self._targeted(peft):
             key = PREFIX + linear.name
