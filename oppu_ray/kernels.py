@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 PACKED_ROWS = 32  # tokens of a typical product with a packed weight
+PACKED_WEIGHTS = 2**16
 KEPT_PRODUCTS = 128  # shapes of a few training passes
-COMPILED_ELEMENTS = 2**16  # of the first argument; below, in float32, a compiled kernel gains nothing
-COMPILED_ROW_ELEMENTS = 2**12  # where eager code would copy every row's adapter first
+COMPILED_WIDTH = 256  # of a model's widest input, from which on compiled kernels pay in float32
 KEPT_KERNELS = 64  # of one function: each is for one or for more tokens, for training or for answering, and so on
 
 
@@ -62,21 +62,23 @@ def _compiler_found() -> bool:
     return shutil.which("g++") is not None or shutil.which("clang++") is not None
 
 
-def fused(
-    function: Callable[..., Any], dynamic: bool | None = True, num_elements: int = COMPILED_ELEMENTS
-) -> Callable[..., Any]:
-    """Compile a small pure tensor function; run it eagerly without a compiler, and on few numbers in float32.
+_compiled_types = {torch.bfloat16}
 
-    In bf16 eager code is slow at any size, and rounds at every operation. With `dynamic` None only the dimensions that
-    have changed are variables: compiled twice, but a call costs 27 us less.
+
+def fused(function: Callable[..., Any], dynamic: bool | None = True) -> Callable[..., Any]:
+    """Compile a small pure tensor function; run it eagerly without a compiler, and in float32 under small models.
+
+    The type and the model decide, not the tensor's size: who else is in a batch must not change how a user's numbers
+    are rounded. With `dynamic` None only the dimensions that have changed are variables: compiled twice, but a call
+    costs 27 us less.
     """
     torch._dynamo.config.recompile_limit = KEPT_KERNELS
     compiled = torch.compile(function, dynamic=dynamic, fullgraph=True)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        pays = args[0].dtype == torch.bfloat16 or args[0].numel() >= num_elements
-        return (compiled if pays and (args[0].is_cuda or _compiler_found()) else function)(*args)
+        use_compiled = args[0].dtype in _compiled_types and (args[0].is_cuda or _compiler_found())
+        return (compiled if use_compiled else function)(*args)
 
     return call
 
@@ -162,7 +164,7 @@ def _with_lora(x_BI: Tensor, y_BO: Tensor, lora: RowLora | None) -> Tensor:
     return torch.where(scaling_B[:, None] != 0, y_BO.float() + added_BO, y_BO.float()).to(y_BO.dtype)
 
 
-@partial(fused, dynamic=None, num_elements=COMPILED_ROW_ELEMENTS)
+@partial(fused, dynamic=None)
 def add_lora_rows(x_BI: Tensor, y_BO: Tensor, lora: RowLora) -> Tensor:
     """y + scaling * (x A^T) B^T with each row's own slot; a row of scaling 0 is y itself, whatever its slot holds.
 
@@ -171,7 +173,7 @@ def add_lora_rows(x_BI: Tensor, y_BO: Tensor, lora: RowLora) -> Tensor:
     return _with_lora(x_BI, y_BO, lora)
 
 
-@partial(fused, dynamic=None, num_elements=COMPILED_ROW_ELEMENTS)
+@partial(fused, dynamic=None)
 def adapt_and_rotate(
     x_BI: Tensor, cos_B1W: Tensor, sin_B1W: Tensor, *parts: tuple[Tensor, RowLora | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,9 +238,13 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 def fuse(model: nn.Module) -> int:
     """Replace norms, gated MLPs and rotary embedding of `model` in place where the fused version agrees.
 
+    From a large float32 model on, this process compiles kernels in float32, too.
+
     Returns:
         Number of modules replaced.
     """
+    if any(weight.dtype == torch.float32 and weight.shape[-1] >= COMPILED_WIDTH for weight in model.parameters()):
+        _compiled_types.add(torch.float32)
     count = 0
     for module in list(model.modules()):
         replacement = _fused_forward(module)
@@ -268,7 +274,7 @@ def pack_linears(model: nn.Module) -> Callable[[], None]:
     """Lay the weights of a frozen model's linears out as the CPU's matrix units read them, beside the original.
 
     In bf16 on AMX half the time for 32 tokens, two thirds for 128, no difference for 2,000; in float32 on AVX2 the LM
-    head for 8 to 32 tokens takes six tenths. Costs the model's size in memory.
+    head for 8 to 32 tokens takes six tenths. Costs the model's size in memory. Small weights gain nothing.
 
     Returns:
         What undoes it.
@@ -276,7 +282,11 @@ def pack_linears(model: nn.Module) -> Callable[[], None]:
     weight = next(model.parameters())
     supported = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     can_pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and supported.get(weight.dtype)
-    linears = [module for module in model.modules() if type(module) is nn.Linear] if can_pack else []
+    linears = [
+        module
+        for module in model.modules()
+        if can_pack and type(module) is nn.Linear and module.weight.numel() >= PACKED_WEIGHTS
+    ]
     for linear in linears:
         linear.forward = _packed_forward(linear)  # type: ignore[method-assign, assignment]
 

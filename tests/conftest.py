@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +36,22 @@ RAY_FIXTURES = {"ray_session", "cluster", "outside", "scraped"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray have one process of pytest-xdist: a driver would find the Ray of another."""
+    """Tests that start a Ray have one process of pytest-xdist: a driver would find the Ray of another.
+
+    Schemathesis gives the tests of all routes one id, and xdist runs each id once.
+    """
     for item in items:
+        item._nodeid = f"{item.parent.nodeid}::{item.name}"  # type: ignore[union-attr]
         if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(autouse=True)
+def compiles_as_before() -> Iterator[None]:
+    """A real base in float32 has its process compile kernels: slow, and not what tests of small models are about."""
+    yield
+    if kernels := sys.modules.get("oppu_ray.kernels"):
+        kernels._compiled_types.discard(kernels.torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from oppu_ray import kernels
 from oppu_ray.kernels import (
     KEPT_PRODUCTS,
     RowLora,
@@ -21,6 +22,7 @@ from oppu_ray.kernels import (
     fuse,
     keep_freed_memory,
     pack_linears,
+    rms_norm,
     token_loss_gradient,
     token_losses,
 )
@@ -183,17 +185,33 @@ def test_each_row_is_adapted_by_its_own_slot() -> None:
     assert torch.equal(changed[1:3], q_BHW[1:3]) and not torch.equal(changed[[0, 3]], q_BHW[[0, 3]])
 
 
+def test_under_a_large_model_float32_is_compiled_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_compiled_types", {torch.bfloat16})
+    fuse(tiny_model())
+    assert kernels._compiled_types == {torch.bfloat16}
+    x, weight = torch.randn(7, 300), torch.randn(300)
+    eager = rms_norm(x, weight, 1e-5)
+    monkeypatch.setattr(kernels, "COMPILED_WIDTH", 1)
+    fuse(tiny_model())
+    assert kernels._compiled_types == {torch.bfloat16, torch.float32}
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), eager, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
-def test_packed_linears_compute_the_same_and_are_taken_out_again(dtype: torch.dtype, tolerance: float) -> None:
-    model = tiny_model(dtype=dtype)
+def test_large_linears_are_packed_compute_the_same_and_are_taken_out_again(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 8)).to(dtype)
+    x = torch.randn(32, 256).to(dtype)
     with torch.inference_mode():
-        before = model(input_ids=IDS).logits
+        before = model(x)
         unpack = pack_linears(model)
-        packed = model(input_ids=IDS).logits
+        after = model(x)
     packs = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert any("forward" in vars(module) for module in model.modules()) == packs
+    assert ["forward" in vars(module) for module in model] == [packs, False]
     unpack()
-    torch.testing.assert_close(packed, before, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
