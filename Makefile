@@ -25,9 +25,11 @@ locked: pyproject.toml constraints.txt requirements.lock
 demo: $(READY)
 	$(BIN)/oppu demo
 
-# Two processes: one has all tests that start a Ray, which wait most of the time.
+# Two processes: one has all tests that start a Ray, which wait most of the time. Schemathesis gives the tests of all
+# routes one id, of which pytest-xdist would run one: they have a process of their own.
 test: $(READY)
-	$(BIN)/pytest -q -n 2 --dist loadgroup
+	$(BIN)/pytest -q tests/test_serve_fuzz.py
+	$(BIN)/pytest -q -n 2 --dist loadgroup --ignore tests/test_serve_fuzz.py
 
 check: $(READY)
 	$(BIN)/ruff check

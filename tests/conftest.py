@@ -36,12 +36,8 @@ RAY_FIXTURES = {"ray_session", "cluster", "outside", "scraped"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray have one process of pytest-xdist: a driver would find the Ray of another.
-
-    Schemathesis gives the tests of all routes one id, and xdist runs each id once.
-    """
+    """Tests that start a Ray have one process of pytest-xdist: a driver would find the Ray of another."""
     for item in items:
-        item._nodeid = f"{item.parent.nodeid}::{item.name}"  # type: ignore[union-attr]
         if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
