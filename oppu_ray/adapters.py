@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from oppu_ray.adapter_files import is_finite
 from oppu_ray.attention import NAME, SegmentPlan
 from oppu_ray.config import PeftConfig
 from oppu_ray.core import AdapterState
-from oppu_ray.kernels import RowLora, add_lora_rows
+from oppu_ray.decoding import add_lora_rows
 from oppu_ray.kv_cache import DecodePlan
 
 DEFAULT_TARGETS = {"lora": ("q_proj", "v_proj"), "ia3": ("k_proj", "v_proj", "down_proj"), "prompt": ()}
@@ -88,8 +89,7 @@ class BankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bank = self.bank[0]
         if bank.rows is not None:
-            y_BO, row_lora = self.without_lora(x[0], bank.rows), self.row_lora(bank.rows)
-            return (add_lora_rows(x[0], y_BO, row_lora) if row_lora else y_BO)[None]
+            return self._decode(x[0], bank.rows)[None]
         lora, scales = self.active()
         if scales and self.scales_input:
             x = _Scale.apply(x, bank.anchor, self.scale, scales)
@@ -107,19 +107,16 @@ class BankLinear(nn.Module):
         lora = bank.active("lora", self.target) if self.a is not None else ()
         return lora, bank.active("ia3", self.target) if self.scale is not None else ()
 
-    def without_lora(self, x_BI: Tensor, rows: RowSlots) -> Tensor:
-        """One token per row by the base, and by IA3 where a row has it."""
+    def _decode(self, x_BI: Tensor, rows: RowSlots) -> Tensor:
+        """One token per row."""
         if self.scale is not None and self.scales_input:
             x_BI = rows.scaled(x_BI, self.scale, self.target)
-        y_BO: Tensor = self.base(x_BI)
-        return y_BO if self.scale is None or self.scales_input else rows.scaled(y_BO, self.scale, self.target)
-
-    def row_lora(self, rows: RowSlots) -> RowLora | None:
-        """What `add_lora_rows` is to add, if any row has a LoRA for this linear."""
-        scaling_B = rows.scaling("lora", self.target) if self.a is not None else None
-        if scaling_B is None:
-            return None
-        return rows.slot_B, scaling_B, self.a.compute, self.b.compute.transpose(1, 2)  # type: ignore[union-attr]
+        y_BO = self.base(x_BI)
+        if self.scale is not None and not self.scales_input:
+            y_BO = rows.scaled(y_BO, self.scale, self.target)
+        if self.a is None or self.b is None or (scaling_B := rows.scaling("lora", self.target)) is None:
+            return y_BO
+        return add_lora_rows(x_BI, y_BO, (rows.slot_B, scaling_B, self.a.compute, self.b.compute))
 
     def add_lora(self, y_TO: Tensor, x_TI: Tensor, ranges: Ranges, masks: Masks) -> None:
         """y += scaling * (x A^T) B^T for each slot's tokens, in place."""
@@ -545,19 +542,19 @@ class AdapterBank:
         if places.keys() != adapter.tensors.keys():
             odd = sorted(places.keys() ^ adapter.tensors.keys())[:3]
             raise ValueError(f"the adapter's tensors do not match this bank's target modules: {odd}")
-        parts, end = [], 0
+        memory_N, end = np.empty(self._slot_size, np.float32), 0
         for key, place in places.items():
             value = adapter.tensors[key]
             if value.shape != place.shape or value.size > place.room:
                 shapes = f"{value.shape}, expected {place.shape}"
                 raise ValueError(f"the adapter's {key} has shape {shapes} within the bank's rank")
-            if end < place.start:
-                parts.append(np.zeros(place.start - end, np.float32))
-            parts.append((value.T if place.is_b else value).ravel())
+            memory_N[end : place.start] = 0
             end = place.start + value.size
-        memory_N = np.concatenate([*parts, np.zeros(self._slot_size - end, np.float32)])
-        if not np.isfinite(memory_N).all():
-            key = next(key for key, value in adapter.tensors.items() if not np.isfinite(value).all())
+            value = value.T if place.is_b else value
+            memory_N[place.start : end].reshape(value.shape)[...] = value
+        memory_N[end:] = 0
+        if not is_finite(memory_N):
+            key = next(key for key, value in adapter.tensors.items() if not is_finite(value))
             raise ValueError(f"the adapter's {key} has a value that is not finite")
         return FittedAdapter(peft, torch.from_numpy(memory_N).to(torch.float32 if self.trainable else self.dtype))
 

@@ -6,7 +6,7 @@ The decision a reader would question: on AMX the matrix products are so fast (3 
 elementwise code takes three quarters of a step. Small pure functions are compiled by torch.compile; a module is
 replaced only where its fused version agrees with it on random input, so an unknown architecture just stays as it is.
 
-Shapes: T tokens, D features, V vocabulary, H heads; B rows, S slots, R rank, I and O widths of a linear.
+Shapes: T tokens, D features, V vocabulary, H heads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -150,45 +149,6 @@ def token_loss_gradient(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor,
     if softcap:
         grad = grad * (1 - (logits / softcap) ** 2)
     return grad.to(logits_TV.dtype)
-
-
-RowLora = tuple[Tensor, Tensor, Tensor, Tensor]  # slot_B, scaling_B, a_SRI, b_SRO
-
-
-def _with_lora(x_BI: Tensor, y_BO: Tensor, lora: RowLora | None) -> Tensor:
-    if lora is None:
-        return y_BO
-    slot_B, scaling_B, a_SRI, b_SRO = lora
-    low_BR = (x_BI[:, None].float() * a_SRI[slot_B].float()).sum(-1) * scaling_B[:, None]
-    added_BO = (low_BR[:, :, None] * b_SRO[slot_B].float()).sum(1)
-    return torch.where(scaling_B[:, None] != 0, y_BO.float() + added_BO, y_BO.float()).to(y_BO.dtype)
-
-
-@partial(fused, dynamic=None)
-def add_lora_rows(x_BI: Tensor, y_BO: Tensor, lora: RowLora) -> Tensor:
-    """y + scaling * (x A^T) B^T with each row's own slot; a row of scaling 0 is y itself, whatever its slot holds.
-
-    The slots are read where they lie: 32 rows of rank 8 take 40 us, as long as reading that memory takes.
-    """
-    return _with_lora(x_BI, y_BO, lora)
-
-
-@partial(fused, dynamic=None)
-def adapt_and_rotate(
-    x_BI: Tensor, cos_B1W: Tensor, sin_B1W: Tensor, *parts: tuple[Tensor, RowLora | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, W] from what their linears gave for x: LoRA added, the first two rotated.
-
-    One call, because each costs 20 us: a third of what an adapter costs a decoding step.
-    """
-    half = cos_B1W.shape[-1] // 2
-
-    def rotated(x_BHW: Tensor) -> Tensor:
-        turned = torch.cat((-x_BHW[..., half:], x_BHW[..., :half]), dim=-1)
-        return (x_BHW.float() * cos_B1W.float() + turned.float() * sin_B1W.float()).to(x_BHW.dtype)
-
-    q, k, v = (_with_lora(x_BI, y_BO, lora).view(len(x_BI), -1, 2 * half) for y_BO, lora in parts)
-    return rotated(q), rotated(k), v
 
 
 class _RMSNorm(torch.autograd.Function):

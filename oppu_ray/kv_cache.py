@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from oppu_ray.decoding import attend_rows
+from oppu_ray.kernels import rotate
+
 GROWTH = 256
 
 
@@ -90,10 +93,25 @@ class DecodePlan:
 
 
 def decode_attention(
-    q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor, plan: DecodePlan, layer: int, scale: float, window: int
+    q_BHD: Tensor,
+    k_BGD: Tensor,
+    v_BGD: Tensor,
+    plan: DecodePlan,
+    layer: int,
+    scale: float,
+    window: int,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Store one token per row and attend to its row, [B, H, D]. `window` 0 means no sliding window."""
+    """Store one token per row and attend to its row, [B, H, D].
+
+    `window` 0 means no sliding window. `cos_sin`, each [B, 1, D], turn queries and keys that are not turned yet.
+    """
     keys, values = plan.cache.layers[layer]
+    out_BHD = attend_rows(q_BHD, k_BGD, v_BGD, cos_sin, keys, values, plan.lengths_B, scale, window)
+    if out_BHD is not None:
+        return out_BHD
+    if cos_sin:
+        q_BHD, k_BGD = rotate(q_BHD, *cos_sin), rotate(k_BGD, *cos_sin)
     keys[plan.rows_B, :, plan.lengths_B], values[plan.rows_B, :, plan.lengths_B] = k_BGD, v_BGD
     num, num_keys = len(plan.lengths), plan.num_keys
     return scaled_dot_product_attention(

@@ -25,9 +25,8 @@ from oppu_ray.attention import (
     attention_forward,
     plan_segments,
 )
+from oppu_ray.decoding import gated_rows, rms_norm_rows
 from oppu_ray.kernels import (
-    RowLora,
-    adapt_and_rotate,
     gated,
     gated_gradient,
     rms_norm,
@@ -148,23 +147,17 @@ class _Layer(torch.autograd.Function):
 
 
 def decode(layer: Any, x_BD: Tensor, cos: Tensor, sin: Tensor, plan: DecodePlan) -> Tensor:
-    """One decoder layer for one new token per row. With so few tokens eager kernels are faster than compiled ones."""
+    """One decoder layer for one new token per row."""
     attention, mlp, (norm1, norm2) = layer.self_attn, layer.mlp, (getattr(layer, name) for name in NORMS)
-    h_BD = torch.rms_norm(x_BD, norm1.weight.shape, norm1.weight, norm1.variance_epsilon)
-    parts = [_without_lora(linear, h_BD) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    q_BHW, k_BGW, v_BGW = adapt_and_rotate(h_BD, cos, sin, *parts)
-    out_BHW = decode_attention(q_BHW, k_BGW, v_BGW, plan, attention.layer_idx, attention.scaling, 0)
+    h_BD = rms_norm_rows(x_BD, norm1.weight, norm1.variance_epsilon)[None]
+    q_BHW, k_BGW, v_BGW = (
+        linear(h_BD).view(len(x_BD), -1, attention.head_dim)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    out_BHW = decode_attention(q_BHW, k_BGW, v_BGW, plan, attention.layer_idx, attention.scaling, 0, (cos, sin))
     x_BD = x_BD + attention.o_proj(out_BHW.flatten(1)[None])[0]
-    h_BD = torch.rms_norm(x_BD, norm2.weight.shape, norm2.weight, norm2.variance_epsilon)
-    gate, up = mlp.gate_proj(h_BD[None]), mlp.up_proj(h_BD[None])
-    return x_BD + mlp.down_proj(nn.functional.silu(gate).mul_(up))[0]
-
-
-def _without_lora(linear: nn.Module, x_BD: Tensor) -> tuple[Tensor, RowLora | None]:
-    """What a linear gives before LoRA, and the LoRA that is still to be added."""
-    if not isinstance(linear, BankLinear) or (rows := linear.bank[0].rows) is None:
-        return linear(x_BD), None
-    return linear.without_lora(x_BD, rows), linear.row_lora(rows)
+    h_BD = rms_norm_rows(x_BD, norm2.weight, norm2.variance_epsilon)[None]
+    return x_BD + mlp.down_proj(gated_rows(mlp.gate_proj(h_BD), mlp.up_proj(h_BD)))[0]
 
 
 def _save(ctx: Any, saved: Saved, others: list[Tensor]) -> None:

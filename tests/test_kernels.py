@@ -17,8 +17,6 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from oppu_ray import kernels
 from oppu_ray.kernels import (
     KEPT_PRODUCTS,
-    RowLora,
-    adapt_and_rotate,
     fuse,
     keep_freed_memory,
     pack_linears,
@@ -149,40 +147,6 @@ def test_token_losses_and_their_gradient_are_autograds(softcap: float) -> None:
     torch.testing.assert_close(token_losses(logits.detach(), targets, softcap), expected.detach())
     found = token_loss_gradient(logits.detach(), targets, weights, softcap)
     torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
-
-
-def test_each_row_is_adapted_by_its_own_slot() -> None:
-    """Compiled, in bfloat16; a row of scaling 0 takes nothing from its slot, not even NaN."""
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).bfloat16()
-
-    slot_B, scaling_B = torch.tensor([2, 0, 1, 2]), torch.tensor([1.0, 0.5, 0.0, 1.0])
-    x_BI, angles_B1W = normal(4, 24), normal(4, 1, 4).repeat(1, 1, 2)
-    y, a, b = [normal(4, 16) for _ in "qkv"], [normal(3, 5, 24) for _ in "qv"], [normal(3, 5, 16) for _ in "qv"]
-    for stack in (*a, *b):
-        stack[1] = float("nan")
-
-    def run() -> tuple[Tensor, Tensor, Tensor]:
-        q, v = ((slot_B, scaling_B, *stacks) for stacks in zip(a, b, strict=True))
-        loras: tuple[RowLora | None, ...] = (q, None, v)
-        parts = zip(y, loras, strict=True)
-        return adapt_and_rotate(x_BI, angles_B1W.cos(), angles_B1W.sin(), *parts)
-
-    q_BHW, k_BHW, v_BHW = run()
-    for row, (slot, scaling) in enumerate(zip(slot_B.tolist(), scaling_B.tolist(), strict=True)):
-        added = x_BI[row].double() @ a[1][slot].double().T @ b[1][slot].double() * scaling if scaling else 0
-        expected = y[2][row].double() + added
-        assert (v_BHW[row].flatten() - expected).norm() < 0.01 * expected.norm()
-    assert torch.equal(v_BHW[2].flatten(), y[2][2])
-    turned = _rotary_by_complex_numbers(
-        y[1].view(1, 4, 2, 8), k_BHW[None], angles_B1W[:, 0].cos()[None], angles_B1W[:, 0].sin()[None], 2
-    )
-    torch.testing.assert_close(turned[0][0], k_BHW, rtol=0.02, atol=0.02)
-    a[0][2] *= -3
-    changed = run()[0]
-    assert torch.equal(changed[1:3], q_BHW[1:3]) and not torch.equal(changed[[0, 3]], q_BHW[[0, 3]])
 
 
 def test_under_a_large_model_float32_is_compiled_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,173 @@
+"""The C++ of a decoding step computes what PyTorch does, each row alone; where it cannot be built, PyTorch does it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from oppu_ray import decoding
+from oppu_ray.decoding import add_lora_rows, attend_rows, gated_rows, rms_norm_rows
+
+TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+NAN = float("nan")
+
+
+@pytest.fixture(params=["C++", "PyTorch"])
+def made_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "PyTorch":
+        monkeypatch.setattr(decoding, "_functions", dict)
+    else:
+        assert decoding._functions(), "tests need g++"
+    return request.param
+
+
+@pytest.fixture
+def normal() -> Callable[..., Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=draw)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
+def test_norms_and_gates(dtype: torch.dtype, tolerance: float, normal: Callable[..., Tensor], made_by: str) -> None:
+    x, weight, up = normal(5, 72).to(dtype), normal(72).to(dtype), normal(5, 72).to(dtype)
+    expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    close(rms_norm_rows(x, weight, 1e-5), expected, tolerance)
+    close(rms_norm_rows(x.T.contiguous().T, weight, 1e-5), expected, tolerance)
+    gate = torch.cat((normal(4, 72) * 3, torch.tensor([-1e30, -200.0, -90.0, 0.0, 88.0, 200.0, 1e30, NAN] * 9)[None]))
+    expected = silu(gate.to(dtype).double()) * up.double()
+    found = gated_rows(gate.to(dtype, copy=True), up).double()
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
+@pytest.mark.parametrize("b_lies_as", ["rank by out", "out by rank"])
+def test_each_row_is_adapted_by_its_own_slot(
+    dtype: torch.dtype, tolerance: float, b_lies_as: str, normal: Callable[..., Tensor], made_by: str
+) -> None:
+    """A row of scaling 0 takes nothing from its slot, not even NaN."""
+    slot_B, scaling_B = torch.tensor([2, 0, 1, 2]), torch.tensor([1.0, 0.5, 0.0, 1.0])
+    x, y, a = normal(4, 24).to(dtype), normal(4, 80).to(dtype), normal(3, 5, 24).to(dtype)
+    b = normal(3, 80, 5).to(dtype)
+    if b_lies_as == "rank by out":
+        b = b.transpose(1, 2).contiguous().transpose(1, 2)
+    a[1], b[1] = NAN, NAN
+
+    def run(rows: list[int]) -> Tensor:
+        return add_lora_rows(x[rows], y[rows], (slot_B[rows], scaling_B[rows], a, b))
+
+    found = run([0, 1, 2, 3])
+    for row, (slot, scaling) in enumerate(zip(slot_B.tolist(), scaling_B.tolist(), strict=True)):
+        added = x[row].double() @ a[slot].double().T @ b[slot].double().T * scaling if scaling else 0
+        close(found[row], y[row].double() + added, 2 * tolerance)
+    assert torch.equal(found[2], y[2])
+    if made_by == "C++":
+        assert all(torch.equal(run([row])[0], found[row]) for row in range(4))
+    a[2] *= -3
+    changed = run([0, 1, 2, 3])
+    assert torch.equal(changed[1:3], found[1:3]) and not torch.equal(changed[[0, 3]], found[[0, 3]])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(6, 2, 64), (2, 2, 128), (3, 1, 20)])
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_row_attends_to_what_it_holds(
+    dtype: torch.dtype,
+    tolerance: float,
+    heads: int,
+    key_heads: int,
+    width: int,
+    window: int,
+    turned: bool,
+    normal: Callable[..., Tensor],
+) -> None:
+    lengths, num_rows = [0, 70, 9, 2], 4
+    cache = normal(2, 6, key_heads, 90, width).to(dtype)  # with room for more rows and positions than there are
+    q, k, v = (normal(num_rows, h, width).to(dtype) for h in (heads, key_heads, key_heads))
+    angle = normal(num_rows, 1, width // 2).repeat(1, 1, 2)
+    cos_sin = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
+
+    def run(rows: list[int], filled: Tensor) -> Tensor:
+        own = None if cos_sin is None else (cos_sin[0][rows], cos_sin[1][rows])
+        held = torch.tensor([lengths[row] for row in rows])
+        out = attend_rows(q[rows], k[rows], v[rows], own, *filled, held, 0.3, window)
+        assert out is not None
+        return out
+
+    filled = cache.clone()
+    found = run([0, 1, 2, 3], filled)
+    for row, length in enumerate(lengths):
+        query, key = (x[row].double() if cos_sin is None else _turned(x[row], angle[row]) for x in (q, k))
+        close(filled[0, row, :, length], key, tolerance)
+        assert torch.equal(filled[1, row, :, length], v[row])
+        first = max(length + 1 - window, 0) if window else 0
+        keys, values = filled[:, row, :, first : length + 1].double()
+        expected = scaled_dot_product_attention(query[:, None], keys, values, scale=0.3, enable_gqa=True)[:, 0]
+        close(found[row], expected, tolerance)
+    untouched = torch.ones_like(cache, dtype=torch.bool)
+    untouched[:, range(num_rows), :, lengths] = False
+    assert torch.equal(filled[untouched], cache[untouched])
+
+    alone = cache[:, 1:].clone()
+    assert torch.equal(run([1], alone)[0], found[1]) and torch.equal(alone[:, 0], filled[:, 1])
+    q[2] = NAN
+    beside = run([0, 1, 2, 3], cache.clone())
+    assert beside[2].isnan().all() and torch.equal(beside[[0, 1, 3]], found[[0, 1, 3]])
+
+
+def _turned(x_HW: Tensor, angle_1W: Tensor) -> Tensor:
+    half = x_HW.shape[-1] // 2
+    first, second = x_HW[:, :half].double(), x_HW[:, half:].double()
+    cos, sin = angle_1W[:, :half].double().cos(), angle_1W[:, :half].double().sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+@pytest.fixture
+def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty $OPPU_HOME, and nothing built in this process."""
+    monkeypatch.setenv("OPPU_HOME", str(tmp_path / "home"))
+    decoding._functions.cache_clear()
+    yield tmp_path
+    decoding._functions.cache_clear()
+
+
+def test_it_is_built_once(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decoding._functions()
+    (built,) = (unbuilt / "home/native").iterdir()
+    decoding._functions.cache_clear()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert decoding._functions() and list(built.parent.iterdir()) == [built]
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "another language", "nowhere to write", "no library"])
+def test_where_it_cannot_be_built_pytorch_does_it(
+    fault: str, unbuilt: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if fault == "no compiler":
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    elif fault == "another language":
+        monkeypatch.setattr(decoding, "FLAGS", ("-std=c++98", *decoding.FLAGS[1:]))
+    elif fault == "nowhere to write":
+        (unbuilt / "home").write_text("a file")
+    else:
+        decoding._built(str(shutil.which("g++"))).write_text("not a library")
+    x = torch.randn(3, 8)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(rms_norm_rows(x, x[0], 1e-5), torch.rms_norm(x, (8,), x[0], 1e-5))
+    assert not decoding._functions() and len(caplog.records) == (fault != "no compiler")
