@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oppu_ray.adapter_files import is_finite
 from oppu_ray.attention import NAME, SegmentPlan
 from oppu_ray.config import PeftConfig
 from oppu_ray.core import AdapterState
@@ -553,8 +552,8 @@ class AdapterBank:
             value = value.T if place.is_b else value
             memory_N[place.start : end].reshape(value.shape)[...] = value
         memory_N[end:] = 0
-        if not is_finite(memory_N):
-            key = next(key for key, value in adapter.tensors.items() if not is_finite(value))
+        if not np.isfinite(memory_N).all():
+            key = next(key for key, value in adapter.tensors.items() if not np.isfinite(value).all())
             raise ValueError(f"the adapter's {key} has a value that is not finite")
         return FittedAdapter(peft, torch.from_numpy(memory_N).to(torch.float32 if self.trainable else self.dtype))
 
