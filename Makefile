@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup locked demo test check chaos fuzz soak bench cluster cluster-stop
+.PHONY: setup locked demo test test-ray test-others check chaos fuzz soak bench cluster cluster-stop
 
 setup: $(READY)
 
@@ -25,11 +25,15 @@ locked: pyproject.toml constraints.txt requirements.lock
 demo: $(READY)
 	$(BIN)/oppu demo
 
-# Two processes: one has all tests that start a Ray, which wait most of the time. Schemathesis gives the tests of all
-# routes one id, of which pytest-xdist would run one: they have a process of their own.
+# Two processes. One has all tests that start a Ray: they wait most of the time, and would find each other's.
 test: $(READY)
-	$(BIN)/pytest -q tests/test_serve_fuzz.py
-	$(BIN)/pytest -q -n 2 --dist loadgroup --ignore tests/test_serve_fuzz.py
+	$(MAKE) --no-print-directory -j 2 test-ray test-others
+
+test-ray: $(READY)
+	$(BIN)/pytest -q -m 'ray and not slow and not chaos'
+
+test-others: $(READY)
+	$(BIN)/pytest -q -m 'not ray and not slow and not chaos'
 
 check: $(READY)
 	$(BIN)/ruff check

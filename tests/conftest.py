@@ -36,10 +36,10 @@ RAY_FIXTURES = {"ray_session", "cluster", "outside", "scraped"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray have one process of pytest-xdist: a driver would find the Ray of another."""
+    """Tests that start a Ray have a process of their own (`make test`): a driver would find the Ray of another."""
     for item in items:
         if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(autouse=True)
