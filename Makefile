@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup locked demo test test-ray test-others check chaos fuzz soak bench cluster cluster-stop
+.PHONY: setup locked demo test test-slowest test-others check chaos fuzz soak bench cluster cluster-stop
 
 setup: $(READY)
 
@@ -25,15 +25,17 @@ locked: pyproject.toml constraints.txt requirements.lock
 demo: $(READY)
 	$(BIN)/oppu demo
 
-# Two processes. One has all tests that start a Ray: they wait most of the time, and would find each other's.
-test: $(READY)
-	$(MAKE) --no-print-directory -j 2 test-ray test-others
+# Two processes, which take about as long as each other.
+SLOWEST := tests/test_faults.py tests/test_group.py tests/test_shard_actors.py tests/test_submit.py
 
-test-ray: $(READY)
-	$(BIN)/pytest -q -m 'ray and not slow and not chaos'
+test: $(READY)
+	$(MAKE) --no-print-directory -j 2 test-slowest test-others
+
+test-slowest: $(READY)
+	$(BIN)/pytest -q $(SLOWEST)
 
 test-others: $(READY)
-	$(BIN)/pytest -q -m 'not ray and not slow and not chaos'
+	$(BIN)/pytest -q $(SLOWEST:%=--ignore=%)
 
 check: $(READY)
 	$(BIN)/ruff check

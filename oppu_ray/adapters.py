@@ -7,7 +7,7 @@ The decision a reader would question: a slot's product runs over that slot's tok
 over all slots. That is what keeps one user's NaN, and one user's rounding, out of another user's adapter.
 
 Shapes: T tokens, B rows of one token each, S slots, R rank of the bank, I and O widths of a linear, D hidden, P virtual
-tokens.
+tokens, K tokens whose last hidden states are wanted.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class BankLinear(nn.Module):
             if mask is not None:
                 x_s = x_s * mask
             low, low_grad = x_s @ a.compute[slot].T, grad_s @ b.compute[slot]
-            b.grad[slot].add_(grad_s.T @ low, alpha=scaling_S[slot])
+            b.grad[slot].add_((low.T @ grad_s).T, alpha=scaling_S[slot])  # a quarter of the time of grad^T low
             a.grad[slot].add_(low_grad.T @ x_s, alpha=scaling_S[slot])
             if mask is None:
                 grad_x_TI[start:stop].addmm_(low_grad, a.compute[slot], alpha=scaling_S[slot])
@@ -436,7 +436,7 @@ class AdapterBank:
     def hidden_states(
         self, input_ids_T: Tensor, position_ids_T: Tensor, plan: SegmentPlan | DecodePlan, virtual: Ranges = ()
     ) -> Tensor:
-        """Last hidden states [T, D] of one stream, computed with the slots given to `use`."""
+        """Last hidden states of one stream, [T, D] or for `plan.wanted_K` [K, D], by the slots given to `use`."""
         embeds_TD = self.model.get_input_embeddings()(input_ids_T)  # type: ignore[operator]
         output = self.model.base_model(  # type: ignore[operator]
             inputs_embeds=self._embed(embeds_TD, virtual)[None],
@@ -444,7 +444,9 @@ class AdapterBank:
             use_cache=False,
             plan=plan,
         )
-        return output.last_hidden_state[0]
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        wanted_K = plan.wanted_K if isinstance(plan, SegmentPlan) else None
+        return hidden_TD if wanted_K is None or len(hidden_TD) == len(wanted_K) else hidden_TD[wanted_K]
 
     def _embed(self, embeds_TD: Tensor, virtual: Ranges) -> Tensor:
         """Put prompt-tuning vectors in place of virtual tokens' embeddings."""

@@ -86,8 +86,8 @@ def _bank_logits(model: nn.Module, max_length: int) -> list[Tensor]:
         stream.plan.fill = Fill(cache, owners, stream.position_ids_T.clone(), ())
         stream.position_ids_T[-1] = min(max_length, config.max_position_embeddings) - 1
         bank.use([])
-        hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan)
-        *parts, _ = hidden_TD[stream.predict_C].split([11, 5, 11, 1])
+        hidden_KD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan)
+        *parts, _ = hidden_KD[stream.predict_C].split([11, 5, 11, 1])
         bank.use_rows([-1, -1])
         plan = DecodePlan(cache, (11, 11))
         next_ids = torch.tensor([first.input_ids[-1], alone.input_ids[-1]], device=bank.device)

@@ -112,10 +112,15 @@ class Padded(NamedTuple):
 
 @dataclass
 class SegmentPlan:
-    """How one stream attends, and where its keys and values are kept, if they are."""
+    """How one stream attends, and where its keys and values are kept, if they are.
+
+    `wanted_K`: Sorted stream positions whose last hidden states are asked for; None for all. Others need no more than
+    their keys and values of the last layer.
+    """
 
     groups: list[Group]
     fill: Fill | None = None
+    wanted_K: Tensor | None = None
     _padded: dict[tuple[str, int], Padded] = field(default_factory=dict, init=False)
 
     def queries(self, heads: int) -> Padded:

@@ -5,7 +5,7 @@ set of requests `generate` gives `Answer`s and `score` log-likelihoods of given 
 The decision a reader would question: a row of the cache is not bound to a user. Rows come and go, every token carries
 its slot, and the bank computes each slot over its own tokens, so the users in a batch can change at every token.
 
-Shapes: B rows being answered, T tokens, C completion tokens, D hidden, V vocabulary.
+Shapes: B rows being answered, T tokens, C completion tokens, K tokens that predict them, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -329,13 +329,13 @@ class Engine:
         rows_T = torch.arange(first, len(self._rows), device=self.bank.device).repeat_interleave(nums)
         stream.plan.fill = Fill(self.cache, rows_T, stream.position_ids_T, resumed)
         self.bank.use(stream.ranges)
-        hidden_TD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
+        hidden_KD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
         for one, num in parts:
             one.length += num
         read = [(one, place) for (one, _), place in zip(parts, stream.predict_C, strict=True) if not one.num_unread]
         if read:
             self._extend(
-                [one for one, _ in read], head_logits(self.model, hidden_TD[torch.stack([place for _, place in read])])
+                [one for one, _ in read], head_logits(self.model, hidden_KD[torch.stack([place for _, place in read])])
             )
 
     def _extend(self, rows: Sequence[_Answering], logits_BV: Tensor) -> None:
@@ -434,15 +434,15 @@ class Engine:
     def _score_pass(self, rows: list[Row]) -> list[float]:
         stream = build_stream(rows, self.bank.device)
         self.bank.use(stream.ranges)
-        hidden_TD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
+        hidden_KD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
         losses = [
-            token_losses(head_logits(self.model, hidden_TD[index]), target, 0.0)
+            token_losses(head_logits(self.model, hidden_KD[index]), target, 0.0)
             for index, target in zip(
                 stream.predict_C.split(HEAD_CHUNK), stream.targets_C.split(HEAD_CHUNK), strict=True
             )
         ]
         num = sum(len(row.examples) for row in rows)
-        total = torch.zeros(num, device=hidden_TD.device).index_add_(0, stream.owner_C, torch.cat(losses))
+        total = torch.zeros(num, device=hidden_KD.device).index_add_(0, stream.owner_C, torch.cat(losses))
         return (total / torch.bincount(stream.owner_C, minlength=num)).tolist()
 
     def generate(

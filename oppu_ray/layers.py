@@ -5,7 +5,7 @@ adapters. The decision a reader would question: autograd runs the same products,
 their own, keeps tensors it can do without, and on a CPU every call costs; written out, a step takes about two thirds of
 the time. A layer is replaced only where it agrees with this one on random input, so all other models stay as they are.
 
-Shapes: T tokens, B rows of one token each, D hidden, H heads and G key heads of width W.
+Shapes: T tokens, K of them wanted, B rows of one token each, D hidden, H heads and G key heads of width W.
 """
 
 from __future__ import annotations
@@ -95,8 +95,16 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor | None, layer: Any, cos: Tensor, sin: Tensor, plan: SegmentPlan
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        layer: Any,
+        cos: Tensor,
+        sin: Tensor,
+        plan: SegmentPlan,
+        wanted_K: Tensor | None,
     ) -> Tensor:
+        """All that comes behind the attention is for the tokens of `wanted_K` alone, where it is given."""
         saved: Saved = []
         attention, mlp, (norm1, norm2) = layer.self_attn, layer.mlp, (getattr(layer, name) for name in NORMS)
         x_TD = x[0]
@@ -110,7 +118,10 @@ class _Layer(torch.autograd.Function):
         out = attention_forward(q_THW, k_THW, v_THW, plan, attention.scaling, 0, saved)
         if plan.fill is not None:
             plan.fill.apply(attention.layer_idx, q_THW, k_THW, v_THW, out, attention.scaling, 0)
-        mid_TD = product(attention.o_proj, out.reshape(len(h_TD), -1), saved, onto=x_TD)
+        out_TD = out.reshape(len(h_TD), -1)
+        if wanted_K is not None:
+            out_TD, x_TD = out_TD[wanted_K], x_TD[wanted_K]
+        mid_TD = product(attention.o_proj, out_TD, saved, onto=x_TD)
         h_TD = rms_norm(mid_TD, norm2.weight, norm2.variance_epsilon)
         saved.append(mid_TD)
         gate, up = product(mlp.gate_proj, h_TD, saved), product(mlp.up_proj, h_TD, saved)
@@ -118,13 +129,13 @@ class _Layer(torch.autograd.Function):
         y_TD = product(mlp.down_proj, gated(gate, up), saved, onto=mid_TD)
         if any(ctx.needs_input_grad):
             _save(ctx, saved, [cos, sin])
-            ctx.parts = layer, plan, k_THW.shape[1]
+            ctx.parts = layer, plan, k_THW.shape[1], wanted_K
         return y_TD[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, (cos, sin) = _saved(ctx)
-        layer, plan, key_heads = ctx.parts
+        layer, plan, key_heads, wanted_K = ctx.parts
         attention, mlp, (norm1, norm2) = layer.self_attn, layer.mlp, (getattr(layer, name) for name in NORMS)
         grad_TD = grads[0][0].contiguous()
         grad = product_gradient(mlp.down_proj, grad_TD, saved)
@@ -134,6 +145,8 @@ class _Layer(torch.autograd.Function):
         grad = product_gradient(mlp.gate_proj, grad_gate, saved, onto=grad)
         grad_TD = rms_norm_gradient(grad, saved.pop(), norm2.weight, norm2.variance_epsilon, grad_TD)
         grad = product_gradient(attention.o_proj, grad_TD, saved)
+        if wanted_K is not None:
+            grad, grad_TD = (g.new_zeros(len(cos), g.shape[1]).index_copy_(0, wanted_K, g) for g in (grad, grad_TD))
         grad_THW = grad.view(len(grad), -1, attention.head_dim)
         grad_q, grad_k, grad_v = attention_backward(grad_THW, key_heads, plan, attention.scaling, saved)
         grad_q, grad_k = rotate_back(grad_q, cos, sin), rotate_back(grad_k, cos, sin)
@@ -141,9 +154,9 @@ class _Layer(torch.autograd.Function):
         grad = product_gradient(attention.k_proj, grad_k.flatten(1), saved, onto=grad)
         grad = product_gradient(attention.q_proj, grad_q.flatten(1), saved, onto=grad)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         grad_TD = rms_norm_gradient(grad, saved.pop(), norm1.weight, norm1.variance_epsilon, grad_TD)
-        return grad_TD[None], None, None, None, None, None
+        return grad_TD[None], None, None, None, None, None, None
 
 
 def decode(layer: Any, x_BD: Tensor, cos: Tensor, sin: Tensor, plan: DecodePlan) -> Tensor:
@@ -183,7 +196,7 @@ def fuse_layers(model: nn.Module) -> int:
     if window or not layers or not all(_looks_right(layer) and _agrees(model, layer) for layer in layers):
         return 0
     for layer in layers:
-        layer.forward = _fused_forward(layer)
+        layer.forward = _fused_forward(layer, is_last=layer is layers[-1])
     return len(layers)
 
 
@@ -202,7 +215,7 @@ def _looks_right(layer: Any) -> bool:
     )
 
 
-def _fused_forward(layer: Any) -> Callable[..., Tensor]:
+def _fused_forward(layer: Any, is_last: bool = False) -> Callable[..., Tensor]:
     original = layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, plan: Any = None, **kwargs: Any) -> Tensor:
@@ -211,11 +224,14 @@ def _fused_forward(layer: Any) -> Callable[..., Tensor]:
         cos, sin = (part[0, :, None] for part in kwargs["position_embeddings"])
         if isinstance(plan, DecodePlan):
             return decode(layer, hidden_states[0], cos, sin, plan)[None]
-        linears = (getattr(getattr(layer, part), name) for part, names in LINEARS.items() for name in names)
+        linears = [getattr(getattr(layer, part), name) for part, names in LINEARS.items() for name in names]
         anchor = next((linear.bank[0].anchor for linear in linears if isinstance(linear, BankLinear)), None)
+        # An adapter behind the attention knows its tokens by their places in the whole stream.
+        is_cut = is_last and not any(isinstance(linear, BankLinear) for linear in linears[3:])
+        wanted_K = plan.wanted_K if is_cut else None
 
         def run(x: Tensor) -> Tensor:
-            return _Layer.apply(x, anchor, layer, cos, sin, plan)
+            return _Layer.apply(x, anchor, layer, cos, sin, plan, wanted_K)
 
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             return layer._gradient_checkpointing_func(run, hidden_states)

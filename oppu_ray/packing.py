@@ -6,7 +6,7 @@ The decision a reader would question: the prefix is found, not declared: it is t
 examples of one user's step, so every template profits, and it never reaches into a completion. The last token of an
 example predicts nothing and is not computed.
 
-Shapes: T tokens of a stream, C completion tokens to predict.
+Shapes: T tokens of a stream, K of them predict C completion tokens.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ class Stream:
         input_ids_T, position_ids_T: Positions restart after the prefix for every suffix; virtual tokens have id 0.
         ranges: (slot, start, stop) of each slot's tokens; rows of one slot side by side are one.
         virtual: (slot, start, stop) of each row's virtual tokens.
-        plan: How the tokens attend.
-        predict_C: Stream position whose hidden state predicts each completion token.
+        plan: How the tokens attend, and whose last hidden states are wanted.
+        predict_C: Which of `plan.wanted_K` predicts each completion token.
         targets_C, weights_C: The completion tokens and their loss weights.
         owner_C: Number of each completion token's example, counted over the rows in order.
         slot_C: Slot of each completion token.
@@ -297,13 +297,15 @@ def build_stream(rows: Sequence[Row], device: torch.device) -> Stream:
     def long(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
+    plan = plan_segments(segments, device)
+    plan.wanted_K, predict_C = torch.unique(long(predict), return_inverse=True)
     return Stream(
         long(ids),
         long(positions),
         ranges,
         virtual,
-        plan_segments(segments, device),
-        long(predict),
+        plan,
+        predict_C,
         long(targets),
         torch.tensor(weights, dtype=torch.float32, device=device),
         long(owner),

@@ -6,7 +6,7 @@ The decision a reader would question: a pack's step is computed in passes of bou
 4,000 tokens already fills the matrix units and a bigger one only costs memory. Gradients gather in the bank, then one
 Adam step moves every slot. Cost of the passes is linear in tokens, so nothing waits for the longest row.
 
-Shapes: C completion tokens, D hidden, V vocabulary.
+Shapes: C completion tokens, K tokens that predict them, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -238,9 +238,9 @@ def pass_losses(
 
     `whole` opens a context in which a module's weights can be read, which only its own forward could otherwise.
     """
-    hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
+    hidden_KD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
     with whole(bank.model.get_output_embeddings()):  # type: ignore[operator]
-        return _HeadLoss.apply(hidden_TD, bank.model, stream)
+        return _HeadLoss.apply(hidden_KD, bank.model, stream)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -251,25 +251,25 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, model: nn.Module, stream: Stream) -> Tensor:
+    def forward(ctx: Any, hidden_KD: Tensor, model: nn.Module, stream: Stream) -> Tensor:
         head, softcap = model.get_output_embeddings(), logit_softcap(model)  # type: ignore[operator]
         losses, grads = [], []
         for start in range(0, len(stream.predict_C), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
             targets, weights = stream.targets_C[part], stream.weights_C[part]
-            logits_CV = linear(hidden_TD[stream.predict_C[part]], head.weight, head.bias)
+            logits_CV = linear(hidden_KD[stream.predict_C[part]], head.weight, head.bias)
             losses.append(token_losses(logits_CV, targets, softcap) * weights)
             grads.append(token_loss_gradient(logits_CV, targets, weights, softcap) @ head.weight)
         ctx.save_for_backward(torch.cat(grads), stream.predict_C)
-        ctx.num_tokens = hidden_TD.shape[0]
+        ctx.num_wanted = hidden_KD.shape[0]
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad_CD, predict_C = ctx.saved_tensors
-        grad_TD = torch.zeros(ctx.num_tokens, grad_CD.shape[1], device=grad_CD.device)
-        grad_TD.index_add_(0, predict_C, grad_CD.float() * grads[0][:, None])
-        return grad_TD.to(grad_CD.dtype), None, None
+        grad_KD = torch.zeros(ctx.num_wanted, grad_CD.shape[1], device=grad_CD.device)
+        grad_KD.index_add_(0, predict_C, grad_CD.float() * grads[0][:, None])
+        return grad_KD.to(grad_CD.dtype), None, None
 
 
 def logit_softcap(model: nn.Module) -> float:

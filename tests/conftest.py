@@ -1,4 +1,4 @@
-"""What holds for every test: no network for Hugging Face, few threads, a Ray without a token, and a home of its own."""
+"""What holds for every test: no network for Hugging Face, few threads, a home and a Ray of its own, without a token."""
 
 from __future__ import annotations
 
@@ -24,22 +24,11 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
 _own_home = tempfile.TemporaryDirectory(prefix="oppu-test-home-")
-os.environ["HOME"] = _own_home.name
+os.environ["HOME"] = os.environ["RAY_TMPDIR"] = _own_home.name  # where Ray looks for a cluster that is there already
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults the storms of the chaos tests draw")
-
-
-RAY_FIXTURES = {"ray_session", "cluster", "outside", "scraped"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray have a process of their own (`make test`): a driver would find the Ray of another."""
-    for item in items:
-        if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(autouse=True)

@@ -49,8 +49,8 @@ def test_a_stream_is_read_as_its_examples_alone(architecture: str) -> None:
         rows = [make_row(slot, layout) for slot, layout in enumerate(made)]
         stream = build_stream(rows, torch.device("cpu"))
         bank.use([])
-        hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan)
-        found = iter(hidden_TD[stream.predict_C].split([e.num_completion for row in rows for e in row.examples]))
+        hidden_KD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan)
+        found = iter(hidden_KD[stream.predict_C].split([e.num_completion for row in rows for e in row.examples]))
         for example in (example for row in rows for example in row.examples):
             alone = plain.model(input_ids=torch.tensor([example.input_ids])).last_hidden_state[0]
             torch.testing.assert_close(next(found), alone[example.num_prompt - 1 : -1], atol=2e-5, rtol=0)
@@ -127,6 +127,6 @@ def test_many_query_heads_may_share_one_key_head() -> None:
     alone = [model.model(input_ids=torch.tensor([e.input_ids])).last_hidden_state[0] for e in row.examples]
     bank = AdapterBank(model, 1, [], trainable=False)
     stream = build_stream([row], torch.device("cpu"))
-    hidden_TD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan)
+    hidden_KD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan)
     expected = torch.cat([x[e.num_prompt - 1 : -1] for x, e in zip(alone, row.examples, strict=True)])
-    torch.testing.assert_close(hidden_TD[stream.predict_C], expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(hidden_KD[stream.predict_C], expected, atol=2e-5, rtol=0)

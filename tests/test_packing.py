@@ -235,7 +235,7 @@ def test_a_stream_is_laid_out_as_the_worked_example_says() -> None:
     stream = build_stream([base, shared, alone], torch.device("cpu"))
     assert stream.input_ids_T.tolist() == [d] + [p, q, a, c, d] + [0, 0, p, q]
     assert stream.position_ids_T.tolist() == [0] + [0, 1, 2, 2, 3] + [0, 1, 2, 3]
-    assert stream.predict_C.tolist() == [0, 3, 4, 5, 9]
+    assert stream.plan.wanted_K[stream.predict_C].tolist() == [0, 3, 4, 5, 9]
     assert stream.targets_C.tolist() == [e, b, d, e, e]
     assert stream.weights_C.tolist() == [1.0, 0.5, 0.5, 0.5, 0.25]
     assert stream.owner_C.tolist() == [0, 1, 2, 2, 3] and stream.slot_C.tolist() == [-1, 0, 0, 0, 2]
@@ -245,7 +245,8 @@ def test_a_stream_is_laid_out_as_the_worked_example_says() -> None:
 def test_a_completion_that_follows_the_prefix_at_once_is_predicted_by_the_prefix() -> None:
     row = Row(0, (Example((5, 6, 7), 2), Example((5, 6, 8, 9), 2)), 2)
     stream = build_stream([row], torch.device("cpu"))
-    assert stream.input_ids_T.tolist() == [5, 6, 8] and stream.predict_C.tolist() == [1, 1, 2]
+    assert stream.input_ids_T.tolist() == [5, 6, 8]
+    assert stream.plan.wanted_K.tolist() == [1, 2] and stream.predict_C.tolist() == [0, 0, 1]
 
 
 def test_only_prompt_tuning_has_virtual_tokens() -> None:

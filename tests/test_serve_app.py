@@ -215,7 +215,6 @@ def test_scaling_and_bounds_reach_the_deployments(run: Path) -> None:
     assert Path(values["run_dir"]).is_absolute()
 
 
-@pytest.mark.ray
 def test_oppu_serve_answers_until_it_is_told_to_stop(run: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
