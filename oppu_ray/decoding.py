@@ -79,12 +79,15 @@ def _built(compiler: str) -> Path:
     return path
 
 
-def _native(name: str, x: Tensor) -> Callable[..., None] | None:
-    return _functions().get((name, x.dtype)) if x.device.type == "cpu" else None
+def _native(name: str, x: Tensor, *others: Tensor) -> Callable[..., None] | None:
+    """The C++ function of that name, if the tensors are such as it takes: on the CPU and of one type."""
+    if x.device.type != "cpu" or any(other.dtype != x.dtype for other in others):
+        return None
+    return _functions().get((name, x.dtype))
 
 
 def rms_norm_rows(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    function = _native("rms_norm", x_BD)
+    function = _native("rms_norm", x_BD, weight_D)
     if function is None:
         return torch.rms_norm(x_BD, weight_D.shape, weight_D, eps)
     x_BD = x_BD.contiguous()
@@ -95,7 +98,7 @@ def rms_norm_rows(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def gated_rows(gate_BD: Tensor, up_BD: Tensor) -> Tensor:
     """silu(gate) * up; may write over the gate."""
-    function = _native("gated", gate_BD)
+    function = _native("gated", gate_BD, up_BD)
     if function is None:
         return torch.nn.functional.silu(gate_BD).mul_(up_BD)
     gate_BD, up_BD = gate_BD.contiguous(), up_BD.contiguous()
@@ -118,7 +121,7 @@ def add_lora_rows(x_BI: Tensor, y_BO: Tensor, lora: RowLora) -> Tensor:
     time, 40 us for 32 rows of rank 8.
     """
     slot_B, scaling_B, a_SRI, b_SOR = lora
-    function = _native("add_lora", x_BI)
+    function = _native("add_lora", x_BI, y_BO, a_SRI, b_SOR)
     if function is None:
         return _lora_rows(x_BI, y_BO, lora)
     x_BI, y_BO = x_BI.contiguous(), y_BO.contiguous()
@@ -150,7 +153,7 @@ def attend_rows(
     Returns:
         None if this is not to be had here; nothing is stored then.
     """
-    function = _native("attend", q_BHW)
+    function = _native("attend", q_BHW, k_BGW, v_BGW, keys, *(cos_sin or ()))
     if function is None:
         return None
     q_BHW, k_BGW, v_BGW = q_BHW.contiguous(), k_BGW.contiguous(), v_BGW.contiguous()

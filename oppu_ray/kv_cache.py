@@ -80,6 +80,10 @@ class DecodePlan:
         self.rows_B = torch.arange(len(self.lengths), device=device)
         self.lengths_B = torch.tensor(self.lengths, device=device)
         self.num_keys = max(self.lengths) + 1
+        num_rows, _, num_positions = self.cache.layers.shape[2:5]
+        if len(self.lengths) > num_rows or self.num_keys > num_positions:  # nothing behind here looks
+            wanted = f"{len(self.lengths)} rows of up to {self.num_keys} positions"
+            raise IndexError(f"{wanted} in a cache of {num_rows} and {num_positions}")
 
     def bias(self, window: int) -> Tensor:
         """[B, 1, 1, K]: 0 where a row's new token may see a position, -inf where not. Made once per step and window."""

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_config
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from oppu_ray import decoding
 from oppu_ray.decoding import add_lora_rows, attend_rows, gated_rows, rms_norm_rows
+from oppu_ray.kv_cache import DecodePlan, KVCache
 
 TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 NAN = float("nan")
@@ -125,6 +127,22 @@ def test_each_row_attends_to_what_it_holds(
     q[2] = NAN
     beside = run([0, 1, 2, 3], cache.clone())
     assert beside[2].isnan().all() and torch.equal(beside[[0, 1, 3]], found[[0, 1, 3]])
+
+
+def test_a_plan_beyond_the_cache_is_refused() -> None:
+    cache = KVCache(tiny_config("llama"), 2, 20, torch.zeros(()))
+    cache.reserve(8)
+    held = cache.layers.shape[4]
+    assert DecodePlan(cache, [0, held - 1]).num_keys == held
+    for lengths in ([0, 0, 0], [held]):
+        with pytest.raises(IndexError, match=f"in a cache of 2 and {held}"):
+            DecodePlan(cache, lengths)
+
+
+def test_other_types_than_it_takes_are_left_to_pytorch() -> None:
+    x, weight = torch.randn(2, 8), torch.ones(8, dtype=torch.float64)
+    assert decoding._native("rms_norm", x, x) and not decoding._native("rms_norm", x, weight)
+    assert not decoding._native("rms_norm", x.double(), weight)
 
 
 def _turned(x_HW: Tensor, angle_1W: Tensor) -> Tensor:

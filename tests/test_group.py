@@ -56,8 +56,8 @@ BROKEN = user(8, replace(LORA, alpha=float("inf")))
 def train_on_every_stage(job: dict[str, Any]) -> None:
     """What each rank of the group does; puts (what, rank, value)."""
 
-    def group_of(stage: int, share_steps: bool) -> tuple[Any, Group]:
-        model = tiny_model()
+    def group_of(stage: int, share_steps: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, Group]:
+        model = tiny_model(dtype=dtype)
         assert fuse_layers(model) == 2
         settings = read_settings(BaseConfig(dtype="float32", deepspeed=settings_path(stage)))
         return model, Group(model, settings, torch.device("cpu"), 120, share_steps)
@@ -80,6 +80,7 @@ def train_on_every_stage(job: dict[str, Any]) -> None:
         model, group = group_of(stage, share_steps=True)
         put("task", train_together(model, TASK, SMALL_PASSES, group))
         put("broken", train_together(model, BROKEN, SMALL_PASSES, group))
+    put("bf16", [group_of(1, True, dtype)[1].settings["bf16"] for dtype in (torch.float32, torch.bfloat16)])
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,10 @@ def values(outcome: list[tuple[str, int, Any]], what: str) -> list[Any]:
 
 def test_each_rank_holds_half_of_the_base_and_none_of_it_whole(outcome: list[tuple[str, int, Any]]) -> None:
     assert values(outcome, "share") == [0.5, 0.5] and values(outcome, "whole") == [0, 0]
+
+
+def test_deepspeeds_precision_is_the_models(outcome: list[tuple[str, int, Any]]) -> None:
+    assert values(outcome, "bf16") == [[{"enabled": False}, {"enabled": True}]] * 2
 
 
 @pytest.mark.parametrize("name", ["trained", "checkpointed"])
@@ -186,6 +191,7 @@ def pids() -> list[int]:
     return sorted(process.pid for process in family if "RayTrainWorker" in "".join(process.cmdline()))
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)  # three starts of a group
 def test_a_killed_and_a_hanging_rank_and_a_bad_user_cost_nobody_else_their_adapter(line: tuple[Path, Path]) -> None:
     alone, together = line
