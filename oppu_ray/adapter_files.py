@@ -177,7 +177,6 @@ def check_adapter(adapter: AdapterState, where: str) -> None:
     for key, tensor in tensors.items():
         if tensor.dtype != np.float32:
             raise ValueError(f"{where}: {key!r} is {tensor.dtype}; expected float32")
-    for key, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise ValueError(f"{where}: {key!r} holds NaN or infinite values; expected finite ones")
     if kind == "PROMPT_TUNING":

@@ -83,8 +83,14 @@ void add_lora(int64_t B, int64_t I, int64_t O, int64_t R, const T* x, T* y, cons
     }
 }
 
+// x by its row's angles, or as it is where there are none.
 template <typename T>
-void rotate(int64_t W, const T* x, const T* cos, const T* sin, T* out) {
+void rotate(int64_t row, int64_t W, const T* x, const T* cos, const T* sin, T* out) {
+    if (!cos) {
+        std::copy_n(x, W, out);
+        return;
+    }
+    cos += row * W, sin += row * W;
     for (int64_t i = 0, j = W / 2; j < W; i++, j++) {
         float first = load(x[i]), second = load(x[j]);
         store(out[i], first * load(cos[i]) - second * load(sin[i]));
@@ -129,14 +135,10 @@ void attend(int64_t B, int64_t H, int64_t G, int64_t W, const T* q, const T* k, 
     for (int64_t item = 0; item < B * G; item++) {
         int64_t row = item / G, place = row * row_stride + item % G * head_stride, last = lengths[row];
         int64_t first = window ? std::max<int64_t>(last + 1 - window, 0) : 0;
-        std::vector<T> queries(q + item * heads * W, q + (item + 1) * heads * W);
-        std::copy_n(k + item * W, W, keys + place + last * W);
+        std::vector<T> queries(heads * W);
+        for (int64_t h = 0; h < heads; h++) rotate(row, W, q + (item * heads + h) * W, cos, sin, &queries[h * W]);
+        rotate(row, W, k + item * W, cos, sin, keys + place + last * W);
         std::copy_n(v + item * W, W, values + place + last * W);
-        if (cos) {
-            rotate(W, k + item * W, cos + row * W, sin + row * W, keys + place + last * W);
-            for (int64_t h = 0; h < heads; h++)
-                rotate(W, q + (item * heads + h) * W, cos + row * W, sin + row * W, &queries[h * W]);
-        }
         (W == 64 ? attend_head<T, 64> : W == 128 ? attend_head<T, 128> : attend_head<T, 0>)(
             heads, W, last + 1 - first, queries.data(), keys + place + first * W, values + place + first * W, scale,
             out + item * heads * W);

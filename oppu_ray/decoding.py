@@ -14,7 +14,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oppu_ray.files import oppu_home
+from oppu_ray.files import oppu_home, write_atomic
 from oppu_ray.kernels import fused
 from oppu_ray.machine import cpu_flags
 
@@ -72,10 +71,10 @@ def _built(compiler: str) -> Path:
     path = oppu_home() / "native" / f"decoding-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(part)], check=True, capture_output=True, text=True)
-            os.replace(part, path)
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / path.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+            write_atomic(path, made.read_bytes())
     return path
 
 

@@ -19,7 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from tiny import VOCAB_SIZE, tiny_config
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -199,3 +199,17 @@ def greedy_alone(
             break
         ids.append(token)
     return tuple(ids[len(prompt_ids) :])
+
+
+def rotary_by_complex_numbers(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Features i and i + half are one complex number, turned by the position's angle."""
+    turn = torch.complex(cos.float(), sin.float()).unsqueeze(unsqueeze_dim)
+    half = turn.shape[-1] // 2
+
+    def rotate(x: Tensor) -> Tensor:
+        number = torch.complex(x[..., :half].float(), x[..., half:].float())
+        return torch.cat(((number * turn[..., :half]).real, (number * turn[..., half:]).imag), -1).to(x.dtype)
+
+    return rotate(q), rotate(k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import subprocess
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import rotary_by_complex_numbers
 from tiny import tiny_config
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from oppu_ray import decoding
 from oppu_ray.decoding import add_lora_rows, attend_rows, gated_rows, rms_norm_rows
-from oppu_ray.kv_cache import DecodePlan, KVCache
+from oppu_ray.kv_cache import DecodePlan, KVCache, decode_attention
 
 TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 NAN = float("nan")
@@ -110,9 +112,12 @@ def test_each_row_attends_to_what_it_holds(
 
     filled = cache.clone()
     found = run([0, 1, 2, 3], filled)
+    queries, new_keys = q.double(), k.double()
+    if cos_sin:
+        queries, new_keys = rotary_by_complex_numbers(queries, new_keys, angle[:, 0].cos(), angle[:, 0].sin())
     for row, length in enumerate(lengths):
-        query, key = (x[row].double() if cos_sin is None else _turned(x[row], angle[row]) for x in (q, k))
-        close(filled[0, row, :, length], key, tolerance)
+        query = queries[row]
+        close(filled[0, row, :, length], new_keys[row], tolerance)
         assert torch.equal(filled[1, row, :, length], v[row])
         first = max(length + 1 - window, 0) if window else 0
         keys, values = filled[:, row, :, first : length + 1].double()
@@ -145,11 +150,37 @@ def test_other_types_than_it_takes_are_left_to_pytorch() -> None:
     assert not decoding._native("rms_norm", x.double(), weight)
 
 
-def _turned(x_HW: Tensor, angle_1W: Tensor) -> Tensor:
-    half = x_HW.shape[-1] // 2
-    first, second = x_HW[:, :half].double(), x_HW[:, half:].double()
-    cos, sin = angle_1W[:, :half].double().cos(), angle_1W[:, :half].double().sin()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+@pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_pytorch_stores_and_attends_alike(
+    dtype: torch.dtype,
+    tolerance: float,
+    window: int,
+    turned: bool,
+    normal: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = KVCache(tiny_config("llama"), 3, 40, torch.zeros((), dtype=dtype))
+    cache.reserve(40)
+    _, _, _, key_heads, _, width = cache.layers.shape
+    lengths = [5, 0, 33]
+    for row, length in enumerate(lengths):
+        cache.write(row, normal(len(cache.layers), 2, key_heads, length, width).to(dtype))
+    q, k, v = (normal(3, h, width).to(dtype) for h in (2 * key_heads, key_heads, key_heads))
+    angle = normal(3, 1, width // 2).repeat(1, 1, 2)
+    cos_sin = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
+
+    def run() -> tuple[Tensor, Tensor]:
+        own = copy.deepcopy(cache)
+        return decode_attention(q, k, v, DecodePlan(own, lengths), 1, 0.3, window, cos_sin), own.layers
+
+    expected, filled = run()
+    monkeypatch.setattr(decoding, "_functions", dict)
+    found, also_filled = run()
+    close(found, expected, tolerance)
+    close(also_filled, filled, tolerance)
+    assert not torch.equal(filled, cache.layers)
 
 
 @pytest.fixture

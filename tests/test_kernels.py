@@ -7,7 +7,18 @@ import sys
 
 import pytest
 import torch
-from reference import IA3, LORA, difference, make_user, random_examples, tiny_model, train, train_alone, trained
+from reference import (
+    IA3,
+    LORA,
+    difference,
+    make_user,
+    random_examples,
+    rotary_by_complex_numbers,
+    tiny_model,
+    train,
+    train_alone,
+    trained,
+)
 from tiny import ARCHITECTURES, tiny_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -33,21 +44,7 @@ def own_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fuse` replaces a function in the model's source file, for the whole process: put it back after each test."""
     for architecture in ARCHITECTURES:
         source = sys.modules[type(tiny_model(architecture)).__module__]
-        monkeypatch.setattr(source, "apply_rotary_pos_emb", _rotary_by_complex_numbers)
-
-
-def _rotary_by_complex_numbers(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Features i and i + half are one complex number, turned by the position's angle."""
-    turn = torch.complex(cos.float(), sin.float()).unsqueeze(unsqueeze_dim)
-    half = turn.shape[-1] // 2
-
-    def rotate(x: Tensor) -> Tensor:
-        number = torch.complex(x[..., :half].float(), x[..., half:].float())
-        return torch.cat(((number * turn[..., :half]).real, (number * turn[..., half:]).imag), -1).to(x.dtype)
-
-    return rotate(q), rotate(k)
+        monkeypatch.setattr(source, "apply_rotary_pos_emb", rotary_by_complex_numbers)
 
 
 def logits_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -73,11 +70,11 @@ def test_the_rotary_embedding_is_replaced_and_agrees() -> None:
     source = sys.modules[type(model).__module__]
     fuse(model)
     fused_rotary = source.apply_rotary_pos_emb
-    assert fused_rotary is not _rotary_by_complex_numbers
+    assert fused_rotary is not rotary_by_complex_numbers
     draw = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 5, 8, generator=draw).requires_grad_() for heads in (4, 2))
     angles = torch.rand(1, 5, 4, generator=draw).repeat(1, 1, 2)
-    results = [rotary(q, k, angles.cos(), angles.sin()) for rotary in (fused_rotary, _rotary_by_complex_numbers)]
+    results = [rotary(q, k, angles.cos(), angles.sin()) for rotary in (fused_rotary, rotary_by_complex_numbers)]
     towards = [torch.randn(x.shape, generator=draw) for x in results[0]]
     gradients = [torch.autograd.grad(result, (q, k), towards) for result in results]
     for found, wanted in zip(results[0] + gradients[0], results[1] + gradients[1], strict=True):
