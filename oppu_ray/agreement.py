@@ -60,7 +60,6 @@ def _examples(model: nn.Module) -> tuple[Example, Example, Example]:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # nothing is compiled for these few tokens
 def _own_logits(model: nn.Module) -> list[Tensor]:
     """[N, V] of each example, and of the tokens to be decoded."""
     examples = _examples(model)
@@ -71,7 +70,6 @@ def _own_logits(model: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def _bank_logits(model: nn.Module, max_length: int) -> list[Tensor]:
     """The same in one stream and one decoding step, beside a token at the last position of a long row."""
     bank = AdapterBank(model, 1, [], trainable=False)

@@ -3,8 +3,9 @@
 In: a Hugging Face causal LM. Out: the same model computing the same function, with its RMS norms, gated MLPs and rotary
 embedding replaced by single-pass versions with hand-written backward passes.
 The decision a reader would question: on AMX the matrix products are so fast (3 TFLOP/s on two cores) that eager bf16
-elementwise code takes three quarters of a step. Small pure functions are compiled by torch.compile; a module is
-replaced only where its fused version agrees with it on random input, so an unknown architecture just stays as it is.
+elementwise code takes three quarters of a step. On a CPU the kernels are C++ (`native`), on a GPU compiled by
+torch.compile; a module is replaced only where its fused version agrees with it on random input, so an unknown
+architecture just stays as it is.
 
 Shapes: T tokens, D features, V vocabulary, H heads.
 """
@@ -15,7 +16,6 @@ import ctypes
 import functools
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oppu_ray.native import native
+
 PACKED_ROWS = 32  # tokens of a typical product with a packed weight
 PACKED_WEIGHTS = 2**16
 KEPT_PRODUCTS = 128  # shapes of a few training passes
-COMPILED_WIDTH = 256  # of a model's widest input, from which on compiled kernels pay in float32
 KEPT_KERNELS = 64  # of one function: each is for one or for more tokens, for training or for answering, and so on
 
 
@@ -56,43 +57,119 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
-@functools.cache
-def _compiler_found() -> bool:
-    return shutil.which("g++") is not None or shutil.which("clang++") is not None
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A small pure tensor function, compiled on a GPU."""
 
-
-_compiled_types = {torch.bfloat16}
-
-
-def fused(function: Callable[..., Any], dynamic: bool | None = True) -> Callable[..., Any]:
-    """Compile a small pure tensor function; run it eagerly without a compiler, and in float32 under small models.
-
-    The type and the model decide, not the tensor's size: who else is in a batch must not change how a user's numbers
-    are rounded. With `dynamic` None only the dimensions that have changed are variables: compiled twice, but a call
-    costs 27 us less.
-    """
-    torch._dynamo.config.recompile_limit = KEPT_KERNELS
-    compiled = torch.compile(function, dynamic=dynamic, fullgraph=True)
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        torch._dynamo.config.recompile_limit = KEPT_KERNELS
+        return torch.compile(function, dynamic=True, fullgraph=True)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        use_compiled = args[0].dtype in _compiled_types and (args[0].is_cuda or _compiler_found())
-        return (compiled if use_compiled else function)(*args)
+        return (compiled() if args[0].is_cuda else function)(*args)
 
     return call
 
 
-@fused
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Of rows of any number of dimensions."""
+    if (function := native("rms_norm", x_TD, weight_D)) is None:
+        return _rms_norm(x_TD, weight_D, eps)
+    x_TD = x_TD.contiguous()
+    out_TD = torch.empty_like(x_TD)
+    function(*_rows(x_TD), x_TD, weight_D, eps, out_TD)
+    return out_TD
+
+
+def rms_norm_gradient(
+    grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, onto_TD: Tensor | None = None
+) -> Tensor:
+    """The gradient with respect to x, plus `onto`."""
+    if (function := native("rms_norm_gradient", grad_TD, x_TD, weight_D)) is None:
+        return _rms_norm_gradient(grad_TD, x_TD, weight_D, eps, onto_TD)
+    grad_TD, x_TD, onto_TD = grad_TD.contiguous(), x_TD.contiguous(), None if onto_TD is None else onto_TD.contiguous()
+    out_TD = torch.empty_like(x_TD)
+    function(*_rows(x_TD), grad_TD, x_TD, weight_D, eps, onto_TD, out_TD)
+    return out_TD
+
+
+def gated(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if (function := native("gated", gate_TD, up_TD)) is None:
+        return _gated(gate_TD, up_TD)
+    gate_TD, up_TD = gate_TD.contiguous(), up_TD.contiguous()
+    out_TD = torch.empty_like(gate_TD)
+    function(gate_TD.numel(), gate_TD, up_TD, out_TD)
+    return out_TD
+
+
+def gated_gradient(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """With respect to the gate and to up."""
+    if (function := native("gated_gradient", grad_TD, gate_TD, up_TD)) is None:
+        return _gated_gradient(grad_TD, gate_TD, up_TD)
+    grad_TD, gate_TD, up_TD = grad_TD.contiguous(), gate_TD.contiguous(), up_TD.contiguous()
+    grad_gate_TD, grad_up_TD = torch.empty_like(gate_TD), torch.empty_like(up_TD)
+    function(gate_TD.numel(), grad_TD, gate_TD, up_TD, grad_gate_TD, grad_up_TD)
+    return grad_gate_TD, grad_up_TD
+
+
+def rotate(x_THW: Tensor, cos_T1W: Tensor, sin_T1W: Tensor) -> Tensor:
+    """Rotary embedding."""
+    return _rotated("rotate", _rotate, x_THW, cos_T1W, sin_T1W)
+
+
+def rotate_back(grad_THW: Tensor, cos_T1W: Tensor, sin_T1W: Tensor) -> Tensor:
+    """The gradient of `rotate`."""
+    return _rotated("rotate_back", _rotate_back, grad_THW, cos_T1W, sin_T1W)
+
+
+def _rotated(name: str, otherwise: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if (function := native(name, x, cos, sin)) is None:
+        return otherwise(x, cos, sin)
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    function(cos.numel() // width, x.numel() // cos.numel(), width, x, cos, sin, out)
+    return out
+
+
+def token_losses(logits_TV: Tensor, targets_T: Tensor, softcap: float) -> Tensor:
+    """Negative log-likelihood in nats of each target, [T] float32. `softcap` 0 means none (Gemma 2's final cap)."""
+    function = native("token_losses", logits_TV)
+    if function is None or softcap:
+        return _token_losses(logits_TV, targets_T, softcap)
+    logits_TV, targets_T = logits_TV.contiguous(), targets_T.contiguous()
+    losses_T = torch.empty(len(logits_TV))
+    function(*logits_TV.shape, logits_TV, targets_T, losses_T)
+    return losses_T
+
+
+def token_loss_gradient(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor, softcap: float) -> Tensor:
+    """Gradient of sum(weights * token_losses) with respect to the logits, in their dtype."""
+    function = native("token_loss_gradient", logits_TV)
+    if function is None or softcap:
+        return _token_loss_gradient(logits_TV, targets_T, weights_T, softcap)
+    logits_TV, targets_T, weights_T = logits_TV.contiguous(), targets_T.contiguous(), weights_T.contiguous()
+    grad_TV = torch.empty_like(logits_TV)
+    function(*logits_TV.shape, logits_TV, targets_T, weights_T, grad_TV)
+    return grad_TV
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+@fused
+def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x = x_TD.float()
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight_D.float()).to(x_TD.dtype)
 
 
 @fused
-def rms_norm_gradient(
+def _rms_norm_gradient(
     grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, onto_TD: Tensor | None = None
 ) -> Tensor:
-    """The gradient with respect to x, plus `onto`."""
     x, grad = x_TD.float(), grad_TD.float() * weight_D.float()
     inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     gradient = (grad - x * (grad * x).mean(-1, keepdim=True) * inverse * inverse) * inverse
@@ -102,13 +179,13 @@ def rms_norm_gradient(
 
 
 @fused
-def gated(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
+def _gated(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     gate = gate_TD.float()
     return (gate * torch.sigmoid(gate) * up_TD.float()).to(gate_TD.dtype)
 
 
 @fused
-def gated_gradient(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_gradient(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Tensor, Tensor]:
     gate, grad = gate_TD.float(), grad_TD.float()
     sigmoid = torch.sigmoid(gate)
     grad_gate = grad * up_TD.float() * sigmoid * (1 + gate * (1 - sigmoid))
@@ -116,14 +193,14 @@ def gated_gradient(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Ten
 
 
 @fused
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x.float() * cos.float() + rotated.float() * sin.float()).to(x.dtype)
 
 
 @fused
-def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = grad.shape[-1] // 2
     scaled = grad.float() * sin.float()
     rotated = torch.cat((scaled[..., half:], -scaled[..., :half]), dim=-1)
@@ -131,8 +208,7 @@ def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @fused
-def token_losses(logits_TV: Tensor, targets_T: Tensor, softcap: float) -> Tensor:
-    """Negative log-likelihood in nats of each target, [T] float32. `softcap` 0 means none (Gemma 2's final cap)."""
+def _token_losses(logits_TV: Tensor, targets_T: Tensor, softcap: float) -> Tensor:
     logits = logits_TV.float()
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
@@ -140,8 +216,7 @@ def token_losses(logits_TV: Tensor, targets_T: Tensor, softcap: float) -> Tensor
 
 
 @fused
-def token_loss_gradient(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor, softcap: float) -> Tensor:
-    """Gradient of sum(weights * token_losses) with respect to the logits, in their dtype."""
+def _token_loss_gradient(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor, softcap: float) -> Tensor:
     raw = logits_TV.float()
     logits = torch.tanh(raw / softcap) * softcap if softcap else raw
     columns = torch.arange(logits.shape[-1], device=logits.device)
@@ -161,7 +236,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight_D = ctx.saved_tensors
-        return rms_norm_gradient(grads[0].contiguous(), x, weight_D, ctx.eps), None, None
+        return rms_norm_gradient(grads[0], x, weight_D, ctx.eps), None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -172,7 +247,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_gradient(grads[0].contiguous(), *ctx.saved_tensors)
+        return gated_gradient(grads[0], *ctx.saved_tensors)
 
 
 class _Rotary(torch.autograd.Function):
@@ -198,13 +273,9 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 def fuse(model: nn.Module) -> int:
     """Replace norms, gated MLPs and rotary embedding of `model` in place where the fused version agrees.
 
-    From a large float32 model on, this process compiles kernels in float32, too.
-
     Returns:
         Number of modules replaced.
     """
-    if any(weight.dtype == torch.float32 and weight.shape[-1] >= COMPILED_WIDTH for weight in model.parameters()):
-        _compiled_types.add(torch.float32)
     count = 0
     for module in list(model.modules()):
         replacement = _fused_forward(module)

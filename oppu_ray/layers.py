@@ -17,23 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from oppu_ray.adapters import BankLinear, scaled, scaled_gradient
-from oppu_ray.attention import (
-    NAME,
-    Segment,
-    SegmentPlan,
-    attention_backward,
-    attention_forward,
-    plan_segments,
-)
-from oppu_ray.decoding import gated_rows, rms_norm_rows
-from oppu_ray.kernels import (
-    gated,
-    gated_gradient,
-    rms_norm,
-    rms_norm_gradient,
-    rotate,
-    rotate_back,
-)
+from oppu_ray.attention import NAME, SegmentPlan, attention_backward, attention_forward, plan_segments
+from oppu_ray.attention_groups import Segment
+from oppu_ray.kernels import gated, gated_gradient, rms_norm, rms_norm_gradient, rotate, rotate_back
 from oppu_ray.kv_cache import DecodePlan, decode_attention
 from oppu_ray.quantization import QuantizedLinear
 
@@ -148,7 +134,7 @@ class _Layer(torch.autograd.Function):
         if wanted_K is not None:
             grad, grad_TD = (g.new_zeros(len(cos), g.shape[1]).index_copy_(0, wanted_K, g) for g in (grad, grad_TD))
         grad_THW = grad.view(len(grad), -1, attention.head_dim)
-        grad_q, grad_k, grad_v = attention_backward(grad_THW, key_heads, plan, attention.scaling, saved)
+        grad_q, grad_k, grad_v = attention_backward(grad_THW, key_heads, plan, attention.scaling, 0, saved)
         grad_q, grad_k = rotate_back(grad_q, cos, sin), rotate_back(grad_k, cos, sin)
         grad = product_gradient(attention.v_proj, grad_v.flatten(1), saved)
         grad = product_gradient(attention.k_proj, grad_k.flatten(1), saved, onto=grad)
@@ -162,15 +148,15 @@ class _Layer(torch.autograd.Function):
 def decode(layer: Any, x_BD: Tensor, cos: Tensor, sin: Tensor, plan: DecodePlan) -> Tensor:
     """One decoder layer for one new token per row."""
     attention, mlp, (norm1, norm2) = layer.self_attn, layer.mlp, (getattr(layer, name) for name in NORMS)
-    h_BD = rms_norm_rows(x_BD, norm1.weight, norm1.variance_epsilon)[None]
+    h_BD = rms_norm(x_BD, norm1.weight, norm1.variance_epsilon)[None]
     q_BHW, k_BGW, v_BGW = (
         linear(h_BD).view(len(x_BD), -1, attention.head_dim)
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     out_BHW = decode_attention(q_BHW, k_BGW, v_BGW, plan, attention.layer_idx, attention.scaling, 0, (cos, sin))
     x_BD = x_BD + attention.o_proj(out_BHW.flatten(1)[None])[0]
-    h_BD = rms_norm_rows(x_BD, norm2.weight, norm2.variance_epsilon)[None]
-    return x_BD + mlp.down_proj(gated_rows(mlp.gate_proj(h_BD), mlp.up_proj(h_BD)))[0]
+    h_BD = rms_norm(x_BD, norm2.weight, norm2.variance_epsilon)[None]
+    return x_BD + mlp.down_proj(gated(mlp.gate_proj(h_BD), mlp.up_proj(h_BD)))[0]
 
 
 def _save(ctx: Any, saved: Saved, others: list[Tensor]) -> None:

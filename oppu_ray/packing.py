@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oppu_ray.attention import Segment, SegmentPlan, plan_segments
+from oppu_ray.attention import SegmentPlan, plan_segments
+from oppu_ray.attention_groups import Segment
 from oppu_ray.config import PeftConfig, TrainConfig
 from oppu_ray.core import Example, Pack, Prompt, TrainingPair, UserSize, UserWork
 from oppu_ray.tasks import prompt_parts

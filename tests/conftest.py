@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +30,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults the storms of the chaos tests draw")
 
 
-@pytest.fixture(autouse=True)
-def compiles_as_before() -> Iterator[None]:
-    """A real base in float32 has its process compile kernels: slow, and not what tests of small models are about."""
-    yield
-    if kernels := sys.modules.get("oppu_ray.kernels"):
-        kernels._compiled_types.discard(kernels.torch.float32)
+@pytest.fixture(params=["C++", "PyTorch"])
+def made_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs once with the C++, once as where none can be built."""
+    from oppu_ray import native
+
+    if request.param == "PyTorch":
+        monkeypatch.setattr(native, "functions", dict)
+    else:
+        assert native.functions(), "tests need g++"
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")

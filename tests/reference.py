@@ -35,6 +35,7 @@ PROMPT = PeftConfig(kind="prompt", num_virtual_tokens=3)
 RS_LORA = PeftConfig(kind="lora", rank=7, alpha=4.0, rslora=True)
 WIDE_LORA = PeftConfig(kind="lora", rank=2, alpha=4.0, target_modules=("v_proj", "o_proj", "down_proj"))
 TRAIN = TrainConfig(learning_rate=5e-3, epochs=3, items_per_step=4)
+RATE = replace(TRAIN, learning_rate=1e-3)  # as a run's: Adam makes a rounding of a small gradient a share of the rate
 
 
 def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -14,7 +14,8 @@ from tiny import VOCAB_SIZE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oppu_ray.adapters import AdapterBank
-from oppu_ray.attention import Segment, attend, plan_segments
+from oppu_ray.attention import attend, plan_segments
+from oppu_ray.attention_groups import Segment
 from oppu_ray.core import Example
 from oppu_ray.packing import Row, build_stream, shared_prefix
 from oppu_ray.training import backward_step

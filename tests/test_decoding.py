@@ -1,36 +1,23 @@
-"""The C++ of a decoding step computes what PyTorch does, each row alone; where it cannot be built, PyTorch does it."""
+"""The C++ of a decoding step computes what PyTorch does, each row alone."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from reference import rotary_by_complex_numbers
 from tiny import tiny_config
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
-from oppu_ray import decoding
-from oppu_ray.decoding import add_lora_rows, attend_rows, gated_rows, rms_norm_rows
+from oppu_ray import native
+from oppu_ray.decoding import add_lora_rows, attend_rows
 from oppu_ray.kv_cache import DecodePlan, KVCache, decode_attention
 
 TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 NAN = float("nan")
-
-
-@pytest.fixture(params=["C++", "PyTorch"])
-def made_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "PyTorch":
-        monkeypatch.setattr(decoding, "_functions", dict)
-    else:
-        assert decoding._functions(), "tests need g++"
-    return request.param
 
 
 @pytest.fixture
@@ -41,18 +28,6 @@ def normal() -> Callable[..., Tensor]:
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
-def test_norms_and_gates(dtype: torch.dtype, tolerance: float, normal: Callable[..., Tensor], made_by: str) -> None:
-    x, weight, up = normal(5, 72).to(dtype), normal(72).to(dtype), normal(5, 72).to(dtype)
-    expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    close(rms_norm_rows(x, weight, 1e-5), expected, tolerance)
-    close(rms_norm_rows(x.T.contiguous().T, weight, 1e-5), expected, tolerance)
-    gate = torch.cat((normal(4, 72) * 3, torch.tensor([-1e30, -200.0, -90.0, 0.0, 88.0, 200.0, 1e30, NAN] * 9)[None]))
-    expected = silu(gate.to(dtype).double()) * up.double()
-    found = gated_rows(gate.to(dtype, copy=True), up).double()
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
@@ -144,12 +119,6 @@ def test_a_plan_beyond_the_cache_is_refused() -> None:
             DecodePlan(cache, lengths)
 
 
-def test_other_types_than_it_takes_are_left_to_pytorch() -> None:
-    x, weight = torch.randn(2, 8), torch.ones(8, dtype=torch.float64)
-    assert decoding._native("rms_norm", x, x) and not decoding._native("rms_norm", x, weight)
-    assert not decoding._native("rms_norm", x.double(), weight)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("turned", [False, True])
@@ -176,47 +145,8 @@ def test_pytorch_stores_and_attends_alike(
         return decode_attention(q, k, v, DecodePlan(own, lengths), 1, 0.3, window, cos_sin), own.layers
 
     expected, filled = run()
-    monkeypatch.setattr(decoding, "_functions", dict)
+    monkeypatch.setattr(native, "functions", dict)
     found, also_filled = run()
     close(found, expected, tolerance)
     close(also_filled, filled, tolerance)
     assert not torch.equal(filled, cache.layers)
-
-
-@pytest.fixture
-def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty $OPPU_HOME, and nothing built in this process."""
-    monkeypatch.setenv("OPPU_HOME", str(tmp_path / "home"))
-    decoding._functions.cache_clear()
-    yield tmp_path
-    decoding._functions.cache_clear()
-
-
-def test_it_is_built_once(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decoding._functions()
-    (built,) = (unbuilt / "home/native").iterdir()
-    decoding._functions.cache_clear()
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("built again")
-
-    monkeypatch.setattr(subprocess, "run", refuse)
-    assert decoding._functions() and list(built.parent.iterdir()) == [built]
-
-
-@pytest.mark.parametrize("fault", ["no compiler", "another language", "nowhere to write", "no library"])
-def test_where_it_cannot_be_built_pytorch_does_it(
-    fault: str, unbuilt: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    if fault == "no compiler":
-        monkeypatch.setattr(shutil, "which", lambda _: None)
-    elif fault == "another language":
-        monkeypatch.setattr(decoding, "FLAGS", ("-std=c++98", *decoding.FLAGS[1:]))
-    elif fault == "nowhere to write":
-        (unbuilt / "home").write_text("a file")
-    else:
-        decoding._built(str(shutil.which("g++"))).write_text("not a library")
-    x = torch.randn(3, 8)
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(rms_norm_rows(x, x[0], 1e-5), torch.rms_norm(x, (8,), x[0], 1e-5))
-    assert not decoding._functions() and len(caplog.records) == (fault != "no compiler")

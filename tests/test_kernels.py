@@ -10,6 +10,7 @@ import torch
 from reference import (
     IA3,
     LORA,
+    RATE,
     difference,
     make_user,
     random_examples,
@@ -23,15 +24,12 @@ from tiny import ARCHITECTURES, tiny_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from oppu_ray import kernels
 from oppu_ray.kernels import (
     KEPT_PRODUCTS,
     fuse,
     keep_freed_memory,
     pack_linears,
-    rms_norm,
     token_loss_gradient,
     token_losses,
 )
@@ -104,10 +102,10 @@ def test_a_module_that_computes_something_else_stays_as_it_is() -> None:
 
 def test_a_fused_model_trains_like_peft_on_a_plain_one() -> None:
     users = [make_user(0, LORA, random_examples(0, 5)), make_user(1, IA3, random_examples(1, 5))]
-    expected = [train_alone(user) for user in users]
+    expected = [train_alone(user, RATE) for user in users]
     model = tiny_model()
     fuse(model)
-    results = train(model, users)
+    results = train(model, users, RATE)
     for user, (adapter, losses) in zip(users, expected, strict=True):
         assert difference(trained(results, user), adapter) < 1e-5
         assert results[user.user_id].losses == pytest.approx(losses, abs=1e-5)
@@ -121,18 +119,6 @@ def test_a_fused_model_in_bfloat16_stays_close_to_float32() -> None:
         assert (found.float() - wanted).norm() < 0.03 * wanted.norm()
 
 
-def test_a_norm_runs_compiled_on_tokens_and_on_their_heads_however_few() -> None:
-    """Gemma's: over tokens and over heads, one or more of each, in training and in answering, in one process."""
-    norm = Gemma3RMSNorm(16).to(torch.bfloat16)
-    plain, draw = norm.forward, torch.Generator().manual_seed(0)
-    assert fuse(norm) == 1
-    for shape in ((1, 5, 16), (1, 1, 16), (1, 5, 2, 16), (1, 1, 2, 16), (1, 5, 1, 16), (1, 1, 1, 16)):
-        for is_answering in (False, True):
-            x = torch.randn(*shape, generator=draw).bfloat16()
-            with torch.inference_mode(is_answering):
-                torch.testing.assert_close(norm(x), plain(x), atol=0.02, rtol=0.02)
-
-
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_token_losses_and_their_gradient_are_autograds(softcap: float) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -144,18 +130,6 @@ def test_token_losses_and_their_gradient_are_autograds(softcap: float) -> None:
     torch.testing.assert_close(token_losses(logits.detach(), targets, softcap), expected.detach())
     found = token_loss_gradient(logits.detach(), targets, weights, softcap)
     torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
-
-
-def test_under_a_large_model_float32_is_compiled_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_compiled_types", {torch.bfloat16})
-    fuse(tiny_model())
-    assert kernels._compiled_types == {torch.bfloat16}
-    x, weight = torch.randn(7, 300), torch.randn(300)
-    eager = rms_norm(x, weight, 1e-5)
-    monkeypatch.setattr(kernels, "COMPILED_WIDTH", 1)
-    fuse(tiny_model())
-    assert kernels._compiled_types == {torch.bfloat16, torch.float32}
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5), eager, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])

@@ -10,6 +10,7 @@ from reference import (
     IA3,
     LORA,
     PROMPT,
+    RATE,
     RS_LORA,
     TRAIN,
     WIDE_LORA,
@@ -38,7 +39,6 @@ from oppu_ray.training import backward_step
 
 DROPOUT = replace(LORA, dropout=0.3)
 SCALED_ATTENTION = PeftConfig(kind="ia3", target_modules=("q_proj", "o_proj", "up_proj"))
-RATE = replace(TRAIN, learning_rate=1e-3)  # as a run's: Adam makes a rounding of a small gradient a share of the rate
 MIXED = (LORA, RS_LORA, WIDE_LORA, IA3, PROMPT, SCALED_ATTENTION)
 
 
