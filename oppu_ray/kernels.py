@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import sys
@@ -115,7 +116,7 @@ def gated_gradient(grad_TD: Tensor, gate_TD: Tensor, up_TD: Tensor) -> tuple[Ten
 
 
 def rotate(x_THW: Tensor, cos_T1W: Tensor, sin_T1W: Tensor) -> Tensor:
-    """Rotary embedding."""
+    """Rotary embedding; angles that a batch shares may be given once."""
     return _rotated("rotate", _rotate, x_THW, cos_T1W, sin_T1W)
 
 
@@ -127,10 +128,10 @@ def rotate_back(grad_THW: Tensor, cos_T1W: Tensor, sin_T1W: Tensor) -> Tensor:
 def _rotated(name: str, otherwise: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if (function := native(name, x, cos, sin)) is None:
         return otherwise(x, cos, sin)
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    *tokens, heads, width = x.shape
+    x, cos, sin = x.contiguous(), *(part.expand(*tokens, 1, width).contiguous() for part in (cos, sin))
     out = torch.empty_like(x)
-    width = x.shape[-1]
-    function(cos.numel() // width, x.numel() // cos.numel(), width, x, cos, sin, out)
+    function(math.prod(tokens), heads, width, x, cos, sin, out)
     return out
 
 

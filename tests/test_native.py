@@ -85,12 +85,12 @@ def test_gates(dtype: torch.dtype, tolerance: float, num: int, normal: Callable[
 
 @pytest.mark.usefixtures("made_by")
 @pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
-@pytest.mark.parametrize("shape", [(3, 2, 8), (200, 3, 64), (1, 9, 4, 20)])
+@pytest.mark.parametrize("shape", [(3, 2, 8), (200, 3, 64), (1, 9, 4, 20), (3, 5, 2, 8)])
 def test_rotary_embedding(
     dtype: torch.dtype, tolerance: float, shape: tuple[int, ...], normal: Callable[..., Tensor]
 ) -> None:
-    """Turned by two different angles in a head's halves, so that the two cannot be mixed up."""
-    one_head = (*shape[:-2], 1, shape[-1])
+    """Turned by two different angles in a head's halves, so that the two cannot be mixed up; a batch shares them."""
+    one_head = (1, *shape[1:-2], 1, shape[-1]) if len(shape) == 4 else (shape[0], 1, shape[-1])
     x, grad, cos, sin = (normal(*size).to(dtype) for size in (shape, shape, one_head, one_head))
 
     def formula(x: Tensor) -> Tensor:
