@@ -482,7 +482,7 @@ class Engine:
         return [Answer(request.request_id, tuple(tokens[request.request_id])) for request in requests]
 
     def warm_up(self) -> None:
-        """Compile the kernels of one row and of several, for the base and every kind, before anything is loaded."""
+        """Answer as one row and as several, for the base and every kind: what is built or compiled at first use, is then."""
         self._answer_some(None)
         for peft in self._pefts:
             self.bank.start(0, peft, seed=0)

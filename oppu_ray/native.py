@@ -2,9 +2,9 @@
 
 In: the name of a function and the tensors that it is for. Out: the function, or None where PyTorch is to do its work:
 on a GPU, for other types than float32 and bfloat16, or without g++. The decision a reader would question: C++ at all.
-Between the matrix products of a small model stands as much time as in them: passes over memory, exponentials in eager
-code, copies for batched products, and for one token per row the mere calls. torch.compile mends a part of that, and
-costs a minute at the start and 20 to 90 us a call.
+Between the matrix products of a small model stands as much time as in them: passes over memory, exponentials, copies
+for batched products, and for one token per row the mere calls. torch.compile mends a part of that, for seconds at every
+start and 20 to 90 us a call.
 """
 
 from __future__ import annotations

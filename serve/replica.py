@@ -422,7 +422,7 @@ def build_engine(config: Config) -> tuple[Base, Engine]:
 
 
 def make_engine(config: Config, base: Base) -> Engine:
-    """The engine of one replica, for adapters of the shape that the run trains, its kernels compiled."""
+    """The engine of one replica, for adapters of the shape that the run trains, its kernels ready."""
     engine = Engine(
         base.model,
         config.serve.num_slots,

@@ -1,6 +1,6 @@
 // Attention of a stream's segments, forward and backward. See attention.py, whose shapes these are.
-// One key head of one chunk (segments with the same prefix) is a task: what it computes depends on no other chunk and on
-// no thread. Everything is in float: queries, keys and values are copied to where products of small blocks read them.
+// One key head of one chunk (segments with the same prefix) is a task: what it computes depends on no other chunk and
+// no thread. All is in float: queries, keys and values are copied to where products of small blocks read them.
 
 #include "numbers.h"
 
@@ -20,8 +20,8 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 
 // c [ROWS, PANEL] = a [ROWS, num] b [num, PANEL], or added to c.
 template <bool ADD>
-inline void multiply(int64_t num, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c,
-                     int64_t c_row) {
+inline void multiply(int64_t num, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
+                     float* c, int64_t c_row) {
     Vector sums[ROWS][2] = {};
     for (int64_t i = 0; i < num; i++, a += a_step, b += b_step) {
         Vector left = *(const Vector*)b, right = *(const Vector*)(b + LANES);
@@ -88,7 +88,6 @@ struct Queries {
         int64_t heads = shape.heads();
         return ((segment.start + token(row)) * shape.H + g * heads + (begin + row) % heads) * shape.W;
     }
-    int64_t lse_place(int64_t row) const { return place(row) / shape.W; }
     // Keys that a row sees are [from, to).
     int64_t to(int64_t row) const { return segment.num_prefix + token(std::min(row, num - 1)) + 1; }
     int64_t from(int64_t row) const { return shape.window ? std::max<int64_t>(to(row) - shape.window, 0) : 0; }
@@ -137,6 +136,24 @@ struct Queries {
     }
 };
 
+// Do `work(segment, offset)` for each segment of a chunk, with its keys and values, and its prefix's before them, in
+// `keys` and `values`; `offset` is where the segment's first key of head g is in [T, G, W].
+template <typename T, typename Do>
+void for_segments(const Chunks& chunks, int64_t chunk, const Shape& shape, int64_t g, const T* k, const T* v,
+                  Side& keys, Side& values, Do&& work) {
+    int64_t step = shape.G * shape.W, first = chunks.first[chunk];
+    auto read = [&](int64_t start, int64_t num, int64_t at) {
+        int64_t offset = start * step + g * shape.W;
+        keys.read(k + offset, step, num, at), values.read(v + offset, step, num, at);
+        return offset;
+    };
+    read(chunks.segments[first].prefix_start, chunks.segments[first].num_prefix, 0);
+    for (int64_t s = first; s < chunks.first[chunk + 1]; s++) {
+        const Segment& segment = chunks.segments[s];
+        work(segment, read(segment.start, segment.length, segment.num_prefix));
+    }
+}
+
 template <typename Do>
 void for_blocks(const Segment& segment, const Shape& shape, int64_t g, Do&& work) {
     int64_t num = segment.length * shape.heads();
@@ -154,48 +171,35 @@ int64_t most_keys(const Chunks& chunks) {
 template <typename T>
 void forward(const Chunks& chunks, const Shape& shape, const T* q, const T* k, const T* v, T* out, float* lse,
              int threads) {
-    int64_t stride = most_keys(chunks), width = shape.width(), step = shape.G * shape.W;
+    int64_t stride = most_keys(chunks), width = shape.width();
 #pragma omp parallel num_threads(threads)
     {
         Side keys(shape, stride), values(shape, stride);
         Buffer query(BLOCK * width), score(BLOCK * stride), sum(BLOCK * width);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < chunks.num * shape.G; task++) {
-            int64_t chunk = task / shape.G, g = task % shape.G;
-            for (int64_t s = chunks.first[chunk]; s < chunks.first[chunk + 1]; s++) {
-                const Segment& segment = chunks.segments[s];
-                if (s == chunks.first[chunk]) {
-                    int64_t at = segment.prefix_start * step + g * shape.W;
-                    keys.read(k + at, step, segment.num_prefix, 0), values.read(v + at, step, segment.num_prefix, 0);
-                }
-                int64_t at = segment.start * step + g * shape.W;
-                keys.read(k + at, step, segment.length, segment.num_prefix);
-                values.read(v + at, step, segment.length, segment.num_prefix);
-                for_blocks(segment, shape, g, [&](const Queries& block) {
-                    block.read(q, shape.scale, query);
-                    block.scores(query, keys, score, stride);
-                    for (int64_t row = 0; row < block.padded(); row++) {
-                        int64_t from = block.from(row), to = block.to(row);
-                        float *x = &score[row * stride], most = x[from], total = 0;
+        auto attend = [&](const Queries& block) {
+            block.read(q, shape.scale, query);
+            block.scores(query, keys, score, stride);
+            for (int64_t row = 0; row < block.padded(); row++) {
+                int64_t from = block.from(row), to = block.to(row);
+                float *x = &score[row * stride], most = x[from], total = 0;
 #pragma omp simd reduction(max : most)
-                        for (int64_t j = from; j < to; j++) most = x[j] > most ? x[j] : most;
+                for (int64_t j = from; j < to; j++) most = x[j] > most ? x[j] : most;
 #pragma omp simd reduction(+ : total)
-                        for (int64_t j = from; j < to; j++) total += x[j] = exponential(x[j] - most);
-                        std::fill(x, x + from, 0.0f);
-                        std::fill(x + to, x + block.to(row / ROWS * ROWS + ROWS - 1), 0.0f);
-                        if (row < block.num) {
-                            lse[block.lse_place(row)] = most + std::log(total);
-                            float inverse = 1 / total;
-                            for (int64_t j = from; j < to; j++) x[j] *= inverse;
-                        }
-                    }
-                    block.mix(score, stride, values, sum);
-                    for (int64_t row = 0; row < block.num; row++)
-                        for (int64_t w = 0; w < shape.W; w++)
-                            store(out[block.place(row) + w], sum[row * width + w]);
-                });
+                for (int64_t j = from; j < to; j++) total += x[j] = exponential(x[j] - most);
+                float inverse = 1 / total;
+                for (int64_t j = from; j < to; j++) x[j] *= inverse;
+                std::fill(x, x + from, 0.0f);
+                std::fill(x + to, x + block.to(row / ROWS * ROWS + ROWS - 1), 0.0f);
+                if (row < block.num) lse[block.place(row) / shape.W] = most + std::log(total);
             }
-        }
+            block.mix(score, stride, values, sum);
+            for (int64_t row = 0; row < block.num; row++)
+                for (int64_t w = 0; w < shape.W; w++) store(out[block.place(row) + w], sum[row * width + w]);
+        };
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < chunks.num * shape.G; task++)
+            for_segments(chunks, task / shape.G, shape, task % shape.G, k, v, keys, values,
+                         [&](const Segment& segment, int64_t) { for_blocks(segment, shape, task % shape.G, attend); });
     }
 }
 
@@ -210,54 +214,47 @@ void backward(const Chunks& chunks, const Shape& shape, const T* q, const T* k, 
         Side keys(shape, stride), values(shape, stride);
         Buffer query(BLOCK * width), towards(BLOCK * width), weight(BLOCK * stride), change(BLOCK * stride);
         Buffer given(BLOCK * width), onto_k((stride + ROWS) * width), onto_v((stride + ROWS) * width);
+        auto attend = [&](const Queries& block) {
+            block.read(q, shape.scale, query), block.read(grad, 1, towards);
+            block.scores(query, keys, weight, stride), block.scores(towards, values, change, stride);
+            int64_t last = round_up(block.to(block.num - 1), ROWS);
+            for (int64_t row = 0; row < block.padded(); row++) {
+                float *x = &weight[row * stride], *dx = &change[row * stride];
+                int64_t from = last, to = last;  // of a row that is none
+                if (row < block.num) {
+                    from = block.from(row), to = block.to(row);
+                    float norm = lse[block.place(row) / W], delta = 0;
+                    const T* o = out + block.place(row);
+                    for (int64_t w = 0; w < W; w++) delta += load(o[w]) * towards[row * width + w];
+                    for (int64_t j = from; j < to; j++) x[j] = exponential(x[j] - norm);
+                    for (int64_t j = from; j < to; j++) dx[j] = x[j] * (dx[j] - delta);
+                }
+                std::fill(x, x + from, 0.0f), std::fill(x + to, x + last, 0.0f);
+                std::fill(dx, dx + from, 0.0f), std::fill(dx + to, dx + last, 0.0f);
+            }
+            block.mix(change, stride, keys, given);
+            for (int64_t row = 0; row < block.num; row++)
+                for (int64_t w = 0; w < W; w++)
+                    store(grad_q[block.place(row) + w], shape.scale * given[row * width + w]);
+            block.spread(change, stride, query, width, onto_k);
+            block.spread(weight, stride, towards, width, onto_v);
+        };
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < chunks.num * shape.G; task++) {
             int64_t chunk = task / shape.G, g = task % shape.G;
-            int64_t num_prefix = chunks.segments[chunks.first[chunk]].num_prefix;
-            std::fill_n(onto_k.begin(), num_prefix * width, 0.0f), std::fill_n(onto_v.begin(), num_prefix * width, 0.0f);
-            for (int64_t s = chunks.first[chunk]; s < chunks.first[chunk + 1]; s++) {
-                const Segment& segment = chunks.segments[s];
-                if (s == chunks.first[chunk]) {
-                    int64_t at = segment.prefix_start * step + g * W;
-                    keys.read(k + at, step, num_prefix, 0), values.read(v + at, step, num_prefix, 0);
-                }
-                int64_t at = segment.start * step + g * W;
-                keys.read(k + at, step, segment.length, num_prefix);
-                values.read(v + at, step, segment.length, num_prefix);
-                std::fill(&onto_k[num_prefix * width], &onto_k[(segment.num_keys() + ROWS) * width], 0.0f);
-                std::fill(&onto_v[num_prefix * width], &onto_v[(segment.num_keys() + ROWS) * width], 0.0f);
-                for_blocks(segment, shape, g, [&](const Queries& block) {
-                    block.read(q, shape.scale, query), block.read(grad, 1, towards);
-                    block.scores(query, keys, weight, stride), block.scores(towards, values, change, stride);
-                    int64_t last = round_up(block.to(block.num - 1), ROWS);
-                    for (int64_t row = 0; row < block.padded(); row++) {
-                        float *x = &weight[row * stride], *dx = &change[row * stride];
-                        bool is_real = row < block.num;
-                        int64_t from = is_real ? block.from(row) : last, to = is_real ? block.to(row) : last;
-                        if (is_real) {
-                            float norm = lse[block.lse_place(row)], delta = 0;
-                            const T* o = out + block.place(row);
-                            for (int64_t w = 0; w < W; w++) delta += load(o[w]) * towards[row * width + w];
-                            for (int64_t j = from; j < to; j++) x[j] = exponential(x[j] - norm);
-                            for (int64_t j = from; j < to; j++) dx[j] = x[j] * (dx[j] - delta);
-                        }
-                        std::fill(x, x + from, 0.0f), std::fill(x + to, x + last, 0.0f);
-                        std::fill(dx, dx + from, 0.0f), std::fill(dx + to, dx + last, 0.0f);
-                    }
-                    block.mix(change, stride, keys, given);
-                    for (int64_t row = 0; row < block.num; row++)
-                        for (int64_t w = 0; w < W; w++)
-                            store(grad_q[block.place(row) + w], shape.scale * given[row * width + w]);
-                    block.spread(change, stride, query, width, onto_k);
-                    block.spread(weight, stride, towards, width, onto_v);
-                });
+            int64_t own = chunks.segments[chunks.first[chunk]].num_prefix * width;  // where a segment's own keys begin
+            for (Buffer* onto : {&onto_k, &onto_v}) std::fill_n(onto->begin(), own, 0.0f);
+            for_segments(chunks, chunk, shape, g, k, v, keys, values, [&](const Segment& segment, int64_t offset) {
+                for (Buffer* onto : {&onto_k, &onto_v})
+                    std::fill_n(onto->begin() + own, (segment.length + ROWS) * width, 0.0f);
+                for_blocks(segment, shape, g, attend);
                 for (int64_t l = 0; l < segment.length; l++) {
-                    std::copy_n(&onto_k[(num_prefix + l) * width], W, grad_k + at + l * step);
-                    std::copy_n(&onto_v[(num_prefix + l) * width], W, grad_v + at + l * step);
+                    std::copy_n(&onto_k[own + l * width], W, grad_k + offset + l * step);
+                    std::copy_n(&onto_v[own + l * width], W, grad_v + offset + l * step);
                 }
-            }
-            prefix_k[task].assign(onto_k.begin(), onto_k.begin() + num_prefix * width);
-            prefix_v[task].assign(onto_v.begin(), onto_v.begin() + num_prefix * width);
+            });
+            prefix_k[task].assign(onto_k.begin(), onto_k.begin() + own);
+            prefix_v[task].assign(onto_v.begin(), onto_v.begin() + own);
         }
 #pragma omp for
         for (int64_t g = 0; g < shape.G; g++)
