@@ -71,6 +71,11 @@ class SegmentPlan:
         return Chunks(torch.tensor(rows), torch.tensor([*first, len(rows)]))
 
     @cached_property
+    def num_tokens(self) -> int:
+        """Of the stream."""
+        return sum(segment.length for segment in self.segments)
+
+    @cached_property
     def groups(self) -> Groups:
         """For PyTorch."""
         return Groups(self.segments, self.device)
@@ -104,6 +109,8 @@ def attention_forward(
     function = native("segments_forward", q_THD, k_TGD, v_TGD)
     if function is None:
         return grouped_forward(q_THD, k_TGD, v_TGD, plan.groups, scale, window, saved)
+    if {len(q_THD), len(k_TGD), len(v_TGD)} != {plan.num_tokens}:  # nothing behind here looks
+        raise IndexError(f"{len(q_THD)} queries and {len(k_TGD)} keys, in a plan for {plan.num_tokens} tokens")
     q_THD, k_TGD, v_TGD = q_THD.contiguous(), k_TGD.contiguous(), v_TGD.contiguous()
     out_THD, log_sum_TH = torch.empty_like(q_THD), torch.empty(q_THD.shape[:2])
     shape = (q_THD.shape[1], *k_TGD.shape[1:], scale, window)

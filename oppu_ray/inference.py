@@ -482,7 +482,7 @@ class Engine:
         return [Answer(request.request_id, tuple(tokens[request.request_id])) for request in requests]
 
     def warm_up(self) -> None:
-        """Answer as one row and as several, for the base and every kind: what is built or compiled at first use, is then."""
+        """Answer as one row and as several, for the base and every kind: all that is made at first use, is then."""
         self._answer_some(None)
         for peft in self._pefts:
             self.bank.start(0, peft, seed=0)

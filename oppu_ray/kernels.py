@@ -75,11 +75,11 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Of rows of any number of dimensions."""
-    if (function := native("rms_norm", x_TD, weight_D)) is None:
+    if (function := native("rms_norm", x_TD)) is None:
         return _rms_norm(x_TD, weight_D, eps)
     x_TD = x_TD.contiguous()
     out_TD = torch.empty_like(x_TD)
-    function(*_rows(x_TD), x_TD, weight_D, eps, out_TD)
+    function(*_rows(x_TD, weight_D), x_TD, weight_D.float(), eps, out_TD)
     return out_TD
 
 
@@ -87,11 +87,11 @@ def rms_norm_gradient(
     grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, onto_TD: Tensor | None = None
 ) -> Tensor:
     """The gradient with respect to x, plus `onto`."""
-    if (function := native("rms_norm_gradient", grad_TD, x_TD, weight_D)) is None:
+    if (function := native("rms_norm_gradient", grad_TD, x_TD)) is None:
         return _rms_norm_gradient(grad_TD, x_TD, weight_D, eps, onto_TD)
     grad_TD, x_TD, onto_TD = grad_TD.contiguous(), x_TD.contiguous(), None if onto_TD is None else onto_TD.contiguous()
     out_TD = torch.empty_like(x_TD)
-    function(*_rows(x_TD), grad_TD, x_TD, weight_D, eps, onto_TD, out_TD)
+    function(*_rows(x_TD, weight_D), grad_TD, x_TD, weight_D.float(), eps, onto_TD, out_TD)
     return out_TD
 
 
@@ -140,6 +140,7 @@ def token_losses(logits_TV: Tensor, targets_T: Tensor, softcap: float) -> Tensor
     function = native("token_losses", logits_TV)
     if function is None or softcap:
         return _token_losses(logits_TV, targets_T, softcap)
+    _check_targets(logits_TV, targets_T)
     logits_TV, targets_T = logits_TV.contiguous(), targets_T.contiguous()
     losses_T = torch.empty(len(logits_TV))
     function(*logits_TV.shape, logits_TV, targets_T, losses_T)
@@ -151,14 +152,24 @@ def token_loss_gradient(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor,
     function = native("token_loss_gradient", logits_TV)
     if function is None or softcap:
         return _token_loss_gradient(logits_TV, targets_T, weights_T, softcap)
+    _check_targets(logits_TV, targets_T)
     logits_TV, targets_T, weights_T = logits_TV.contiguous(), targets_T.contiguous(), weights_T.contiguous()
     grad_TV = torch.empty_like(logits_TV)
     function(*logits_TV.shape, logits_TV, targets_T, weights_T, grad_TV)
     return grad_TV
 
 
-def _rows(x: Tensor) -> tuple[int, int]:
-    return x.numel() // x.shape[-1], x.shape[-1]
+def _rows(x_TD: Tensor, weight_D: Tensor) -> tuple[int, int]:
+    width = x_TD.shape[-1]
+    if weight_D.shape != (width,):  # that of a shared-out base, outside its module
+        raise ValueError(f"a norm's weight is {list(weight_D.shape)}, expected [{width}]")
+    return x_TD.numel() // width, width
+
+
+def _check_targets(logits_TV: Tensor, targets_T: Tensor) -> None:
+    """A target that is no input of the model has met no other check."""
+    if len(targets_T) and not 0 <= int(targets_T.min()) <= int(targets_T.max()) < logits_TV.shape[1]:
+        raise IndexError(f"token {int(targets_T.max())} is not in the vocabulary of {logits_TV.shape[1]}")
 
 
 @fused

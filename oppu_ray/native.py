@@ -51,7 +51,7 @@ ARGUMENTS = {  # each takes the number of threads, too
 }
 
 Function = Callable[..., None]
-"""Takes contiguous tensors (None for none) and numbers."""
+"""Takes contiguous tensors (None for none) and numbers, and looks at neither: shapes are the caller's to know."""
 
 
 def native(name: str, x: Tensor, *others: Tensor) -> Function | None:
@@ -93,14 +93,15 @@ def _built(compiler: str) -> Path:
 
     It uses the OpenMP that torch has loaded, which is GCC's: another one would be another team of threads.
     """
-    texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    sources, headers = (sorted(SOURCES.glob(pattern)) for pattern in ("*.cpp", "*.h"))
+    texts = [path.read_text() for path in (*sources, *headers)]
     about = (*texts, *FLAGS, compiler, platform.machine(), *sorted(cpu_flags()))
     path = oppu_home() / "native" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / path.name
-            command = [compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
+            command = [compiler, *FLAGS, *map(str, sources), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             write_atomic(path, made.read_bytes())
     return path

@@ -61,8 +61,10 @@ def test_norms(dtype: torch.dtype, tolerance: float, num: int, normal: Callable[
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     x, weight, grad, onto = (normal(*shape).to(dtype) for shape in ((num, 72), (72,), (num, 72), (num, 72)))
-    for given in (x, transposed(x)):
-        close(rms_norm(given, weight, 1e-5), formula(x.double(), weight.double()), tolerance)
+    for given, of_type in ((x, dtype), (transposed(x), torch.float32)):
+        found = rms_norm(given, weight.to(of_type), 1e-5)
+        assert found.dtype == dtype
+        close(found, formula(x.double(), weight.double()), tolerance)
     expected, _ = own_gradients(formula, grad, x, weight)
     close(rms_norm_gradient(grad, x, weight, 1e-5), expected, tolerance)
     close(rms_norm_gradient(transposed(grad), x, weight, 1e-5, onto), expected + onto.double(), 2 * tolerance)
@@ -204,9 +206,26 @@ def test_a_rows_attention_has_the_same_bits_whoever_is_beside_it(normal: Callabl
 
 
 def test_other_types_than_it_takes_are_left_to_pytorch() -> None:
-    x, weight = torch.randn(2, 8), torch.ones(8, dtype=torch.float64)
-    assert native.native("rms_norm", x, x) and not native.native("rms_norm", x, weight)
-    assert not native.native("rms_norm", x.double(), weight)
+    x = torch.randn(2, 8)
+    assert native.native("gated", x, x) and not native.native("gated", x, x.double())
+    assert not native.native("gated", x.double(), x.double()) and not native.native("gated", x.to("meta"))
+
+
+def test_what_would_be_read_beyond_a_tensors_end_is_refused() -> None:
+    x, weight, logits = torch.randn(2, 8), torch.ones(0), torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"a norm's weight is \[0\], expected \[8\]"):
+        rms_norm(x, weight, 1e-5)
+    with pytest.raises(ValueError, match=r"a norm's weight is \[0\], expected \[8\]"):
+        rms_norm_gradient(x, x, weight, 1e-5)
+    for targets in (torch.tensor([3, 8]), torch.tensor([-1, 0])):
+        with pytest.raises(IndexError, match="not in the vocabulary of 8"):
+            token_losses(logits, targets, 0.0)
+        with pytest.raises(IndexError, match="not in the vocabulary of 8"):
+            token_loss_gradient(logits, targets, torch.ones(2), 0.0)
+    q = torch.randn(3, 2, 8)
+    for queries, keys in ((q, q[:2]), (q[:2], q[:2])):
+        with pytest.raises(IndexError, match="in a plan for 3 tokens"):
+            attention_forward(queries, keys, keys, plan_segments([Segment(0, 3)], q.device), 1.0, 0, [])
 
 
 @pytest.fixture

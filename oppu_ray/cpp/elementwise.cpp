@@ -7,19 +7,19 @@ namespace {
 constexpr int64_t FEW = 1 << 15;  // numbers for which waking a second thread costs more than it saves
 
 template <typename T>
-void rms_norm(int64_t num, int64_t D, const T* x_TD, const T* weight, float eps, T* out_TD, int threads) {
+void rms_norm(int64_t num, int64_t D, const T* x_TD, const float* weight, float eps, T* out_TD, int threads) {
 #pragma omp parallel for num_threads(threads) if (num * D > FEW)
     for (int64_t t = 0; t < num; t++) {
         const T* x = x_TD + t * D;
         T* out = out_TD + t * D;
         float inverse = 1 / std::sqrt(dot(x, x, D) / D + eps);
-        for (int64_t i = 0; i < D; i++) store(out[i], load(x[i]) * inverse * load(weight[i]));
+        for (int64_t i = 0; i < D; i++) store(out[i], load(x[i]) * inverse * weight[i]);
     }
 }
 
 // The gradient with respect to x, plus `onto` where there is one.
 template <typename T>
-void rms_norm_gradient(int64_t num, int64_t D, const T* grad_TD, const T* x_TD, const T* weight, float eps,
+void rms_norm_gradient(int64_t num, int64_t D, const T* grad_TD, const T* x_TD, const float* weight, float eps,
                        const T* onto_TD, T* out_TD, int threads) {
 #pragma omp parallel for num_threads(threads) if (num * D > FEW)
     for (int64_t t = 0; t < num; t++) {
@@ -27,15 +27,15 @@ void rms_norm_gradient(int64_t num, int64_t D, const T* grad_TD, const T* x_TD, 
         T* out = out_TD + t * D;
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < D; i++) sum += load(grad[i]) * load(weight[i]) * load(x[i]);
+        for (int64_t i = 0; i < D; i++) sum += load(grad[i]) * weight[i] * load(x[i]);
         float inverse = 1 / std::sqrt(dot(x, x, D) / D + eps), along = sum / D * inverse * inverse;
         if (onto_TD) {
             const T* onto = onto_TD + t * D;
             for (int64_t i = 0; i < D; i++)
-                store(out[i], (load(grad[i]) * load(weight[i]) - load(x[i]) * along) * inverse + load(onto[i]));
+                store(out[i], (load(grad[i]) * weight[i] - load(x[i]) * along) * inverse + load(onto[i]));
         } else {
             for (int64_t i = 0; i < D; i++)
-                store(out[i], (load(grad[i]) * load(weight[i]) - load(x[i]) * along) * inverse);
+                store(out[i], (load(grad[i]) * weight[i] - load(x[i]) * along) * inverse);
         }
     }
 }
@@ -99,10 +99,10 @@ void token_loss_gradient(int64_t num, int64_t V, const T* logits_TV, const int64
 }  // namespace
 
 #define ELEMENTWISE(T, NAME)                                                                                           \
-    void rms_norm_##NAME(int64_t num, int64_t D, const T* x, const T* weight, float eps, T* out, int threads) {        \
+    void rms_norm_##NAME(int64_t num, int64_t D, const T* x, const float* weight, float eps, T* out, int threads) {    \
         rms_norm(num, D, x, weight, eps, out, threads);                                                                \
     }                                                                                                                  \
-    void rms_norm_gradient_##NAME(int64_t num, int64_t D, const T* grad, const T* x, const T* weight, float eps,       \
+    void rms_norm_gradient_##NAME(int64_t num, int64_t D, const T* grad, const T* x, const float* weight, float eps,   \
                                   const T* onto, T* out, int threads) {                                                \
         rms_norm_gradient(num, D, grad, x, weight, eps, onto, out, threads);                                           \
     }                                                                                                                  \
