@@ -127,14 +127,14 @@ def attention_backward(
     A token's gradient as a key comes from its own segment, and for a prefix also from every suffix of its row: those
     are added up in float32 first.
     """
-    function = native("segments_backward", grad_THD)
+    function = native("segments_backward", *saved[-5:-2])  # queries, keys and values, as in the forward pass
     if function is None:
         return grouped_backward(grad_THD, key_heads, plan.groups, scale, saved)
     q_THD, k_TGD, v_TGD, out_THD, log_sum_TH = saved[-5:]
     del saved[-5:]
     grad_q_THD, grad_k_TGD, grad_v_TGD = torch.empty_like(q_THD), torch.empty(k_TGD.shape), torch.empty(v_TGD.shape)
     shape = (q_THD.shape[1], *k_TGD.shape[1:], scale, window)
-    given = (q_THD, k_TGD, v_TGD, out_THD, log_sum_TH, grad_THD.contiguous())
+    given = (q_THD, k_TGD, v_TGD, out_THD, log_sum_TH, grad_THD.to(q_THD.dtype).contiguous())
     function(len(plan.chunks.first) - 1, *plan.chunks, *shape, *given, grad_q_THD, grad_k_TGD, grad_v_TGD)
     return grad_q_THD, grad_k_TGD.to(k_TGD.dtype), grad_v_TGD.to(v_TGD.dtype)
 

@@ -87,7 +87,8 @@ def rms_norm_gradient(
     grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, onto_TD: Tensor | None = None
 ) -> Tensor:
     """The gradient with respect to x, plus `onto`."""
-    if (function := native("rms_norm_gradient", grad_TD, x_TD)) is None:
+    others = () if onto_TD is None else (onto_TD,)
+    if (function := native("rms_norm_gradient", grad_TD, x_TD, *others)) is None:
         return _rms_norm_gradient(grad_TD, x_TD, weight_D, eps, onto_TD)
     grad_TD, x_TD, onto_TD = grad_TD.contiguous(), x_TD.contiguous(), None if onto_TD is None else onto_TD.contiguous()
     out_TD = torch.empty_like(x_TD)
@@ -153,7 +154,7 @@ def token_loss_gradient(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor,
     if function is None or softcap:
         return _token_loss_gradient(logits_TV, targets_T, weights_T, softcap)
     _check_targets(logits_TV, targets_T)
-    logits_TV, targets_T, weights_T = logits_TV.contiguous(), targets_T.contiguous(), weights_T.contiguous()
+    logits_TV, targets_T, weights_T = logits_TV.contiguous(), targets_T.contiguous(), weights_T.float().contiguous()
     grad_TV = torch.empty_like(logits_TV)
     function(*logits_TV.shape, logits_TV, targets_T, weights_T, grad_TV)
     return grad_TV
