@@ -115,10 +115,10 @@ def check_bitsandbytes() -> Check:
 
 
 def check_compiler() -> Check:
-    """DeepSpeed builds its shared-memory op at first start, and fails outright without a C++ compiler."""
+    """DeepSpeed builds an op at first start, and fails outright without one; our own C++ (`native`) needs g++."""
     if path := shutil.which("g++") or shutil.which("clang++") or shutil.which("c++"):
         return Check("C++ compiler", True, path)
-    return Check("C++ compiler", False, "none (DeepSpeed needs one)", "apt-get install -y g++")
+    return Check("C++ compiler", False, "none (DeepSpeed needs one, a CPU is slow without)", "apt-get install -y g++")
 
 
 def check_cpu(flags: set[str]) -> Check:
