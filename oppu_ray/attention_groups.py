@@ -205,10 +205,7 @@ def _row_products(x_RD: Tensor, y_RD: Tensor) -> Tensor:
 def grouped_forward(
     q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: Groups, scale: float, window: int, saved: list[Tensor]
 ) -> Tensor:
-    """Softmax attention of a stream, [T, H, D]; what `grouped_backward` needs is put on `saved`.
-
-    `window` 0 means no sliding window.
-    """
+    """`attention.attention_forward`."""
     (heads, width), key_heads = q_THD.shape[1:], k_THD.shape[1]
     queries, keys = layout.queries(heads), layout.keys(key_heads)
     q_RD = q_THD.reshape(-1, width).index_select(0, queries.source_R)
@@ -231,11 +228,7 @@ def grouped_forward(
 def grouped_backward(
     grad_THD: Tensor, key_heads: int, layout: Groups, scale: float, saved: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values; takes from `saved` what `grouped_forward` put there.
-
-    A token's gradient as a key comes from its own segment, and for a prefix also from every suffix of its row: those
-    are added up in float32 first.
-    """
+    """`attention.attention_backward`, of what `grouped_forward` put on `saved`."""
     q_RD, k_RD, v_RD, inverse_R, out_THD = saved[-5:]
     del saved[-5:]
     num_tokens, heads, width = out_THD.shape

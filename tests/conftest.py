@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HOME = Path.home()
 # Before anything reads the environment. What is dear to make stays in the user's own home: bases, wheels, operators.
@@ -28,6 +32,15 @@ os.environ["HOME"] = os.environ["RAY_TMPDIR"] = _own_home.name  # where Ray look
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults the storms of the chaos tests draw")
+
+
+@pytest.fixture
+def normal() -> Callable[..., Tensor]:
+    """Normal numbers of any shape, the same in every run."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=draw)
 
 
 @pytest.fixture(params=["C++", "PyTorch"])

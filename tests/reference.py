@@ -34,6 +34,7 @@ IA3 = PeftConfig(kind="ia3")
 PROMPT = PeftConfig(kind="prompt", num_virtual_tokens=3)
 RS_LORA = PeftConfig(kind="lora", rank=7, alpha=4.0, rslora=True)
 WIDE_LORA = PeftConfig(kind="lora", rank=2, alpha=4.0, target_modules=("v_proj", "o_proj", "down_proj"))
+TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]  # and how close C++ comes to float64 in them
 TRAIN = TrainConfig(learning_rate=5e-3, epochs=3, items_per_step=4)
 RATE = replace(TRAIN, learning_rate=1e-3)  # as a run's: Adam makes a rounding of a small gradient a share of the rate
 
@@ -105,6 +106,11 @@ def random_adapter(peft: PeftConfig, seed: int, architecture: str = "llama") -> 
     draw, fresh = np.random.default_rng(seed), fresh_adapter(peft, seed, architecture)
     tensors = {key: value + draw.normal(0, 0.3, value.shape) for key, value in fresh.tensors.items()}
     return AdapterState({key: value.astype(np.float32) for key, value in tensors.items()}, fresh.peft_config)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, equal_nan: bool = False) -> None:
+    """To `tolerance` of a number and absolutely, whatever the types."""
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=equal_nan)
 
 
 def difference(one: AdapterState, other: AdapterState) -> float:

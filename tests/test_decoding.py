@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reference import rotary_by_complex_numbers
+from reference import TYPES, close, rotary_by_complex_numbers
 from tiny import tiny_config
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,18 +16,7 @@ from oppu_ray import native
 from oppu_ray.decoding import add_lora_rows, attend_rows
 from oppu_ray.kv_cache import DecodePlan, KVCache, decode_attention
 
-TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 NAN = float("nan")
-
-
-@pytest.fixture
-def normal() -> Callable[..., Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=draw)
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TYPES)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import TYPES, close
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 
@@ -28,18 +29,7 @@ from oppu_ray.kernels import (
     token_losses,
 )
 
-TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 NAN = float("nan")
-
-
-@pytest.fixture
-def normal() -> Callable[..., Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=draw)
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def own_gradients(function: Callable[..., Tensor], towards: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -80,9 +70,9 @@ def test_gates(dtype: torch.dtype, tolerance: float, num: int, normal: Callable[
     extremes = torch.tensor([-1e30, -200.0, -90.0, 0.0, 88.0, 200.0, 1e30, NAN] * 9)[None]
     gate, up, grad = (normal(num, 72) * 3, normal(num, 72), normal(num, 72))
     gate, up, grad = (torch.cat((x, y)).to(dtype) for x, y in ((gate, extremes), (up, up[:1]), (grad, grad[:1])))
-    close(gated(gate, transposed(up)), formula(gate.double(), up.double()), tolerance)
+    close(gated(gate, transposed(up)), formula(gate.double(), up.double()), tolerance, equal_nan=True)
     for found, expected in zip(gated_gradient(grad, gate, up), own_gradients(formula, grad, gate, up), strict=True):
-        close(found, expected, tolerance)
+        close(found, expected, tolerance, equal_nan=True)
 
 
 @pytest.mark.usefixtures("made_by")
@@ -115,10 +105,10 @@ def test_losses(dtype: torch.dtype, tolerance: float, softcap: float, normal: Ca
         capped = torch.tanh(logits / softcap) * softcap if softcap else logits
         return cross_entropy(capped, targets, reduction="none")
 
-    close(token_losses(transposed(logits), targets, softcap), formula(logits.double()), 1e-5)
+    close(token_losses(transposed(logits), targets, softcap), formula(logits.double()), 1e-5, equal_nan=True)
     found = token_loss_gradient(transposed(logits), targets, weights, softcap)
     assert found.dtype == dtype
-    close(found, *own_gradients(formula, weights, logits), tolerance)
+    close(found, *own_gradients(formula, weights, logits), tolerance, equal_nan=True)
 
 
 SEGMENTS = [

@@ -181,16 +181,13 @@ void forward(const Chunks& chunks, const Shape& shape, const T* q, const T* k, c
             block.scores(query, keys, score, stride);
             for (int64_t row = 0; row < block.padded(); row++) {
                 int64_t from = block.from(row), to = block.to(row);
-                float *x = &score[row * stride], most = x[from], total = 0;
-#pragma omp simd reduction(max : most)
-                for (int64_t j = from; j < to; j++) most = x[j] > most ? x[j] : most;
-#pragma omp simd reduction(+ : total)
-                for (int64_t j = from; j < to; j++) total += x[j] = exponential(x[j] - most);
-                float inverse = 1 / total;
+                float* x = &score[row * stride];
+                auto [most, sum_K] = exponentials(x + from, to - from);
+                float inverse = 1 / sum_K;
                 for (int64_t j = from; j < to; j++) x[j] *= inverse;
                 std::fill(x, x + from, 0.0f);
                 std::fill(x + to, x + block.to(row / ROWS * ROWS + ROWS - 1), 0.0f);
-                if (row < block.num) lse[block.place(row) / shape.W] = most + std::log(total);
+                if (row < block.num) lse[block.place(row) / shape.W] = most + std::log(sum_K);
             }
             block.mix(score, stride, values, sum);
             for (int64_t row = 0; row < block.num; row++)

@@ -38,9 +38,7 @@ void attend_head(int64_t heads, int64_t W, int64_t num, const T* queries, const 
             for (int64_t p = start; p < std::min(start + BLOCK, num); p++)
                 scores[h * num + p] = scale * dot(queries + h * W, keys + p * W, W);
     for (int64_t h = 0; h < heads; h++) {
-        float *score = &scores[h * num], most = *std::max_element(score, score + num), sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t p = 0; p < num; p++) sum += score[p] = exponential(score[p] - most);
+        float *score = &scores[h * num], sum = exponentials(score, num).sum;
         for (int64_t p = 0; p < num; p++) score[p] /= sum;
     }
     for (int64_t start = 0; start < num; start += BLOCK)

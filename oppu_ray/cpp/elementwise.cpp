@@ -29,14 +29,11 @@ void rms_norm_gradient(int64_t num, int64_t D, const T* grad_TD, const T* x_TD, 
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < D; i++) sum += load(grad[i]) * weight[i] * load(x[i]);
         float inverse = 1 / std::sqrt(dot(x, x, D) / D + eps), along = sum / D * inverse * inverse;
-        if (onto_TD) {
-            const T* onto = onto_TD + t * D;
-            for (int64_t i = 0; i < D; i++)
-                store(out[i], (load(grad[i]) * weight[i] - load(x[i]) * along) * inverse + load(onto[i]));
-        } else {
-            for (int64_t i = 0; i < D; i++)
-                store(out[i], (load(grad[i]) * weight[i] - load(x[i]) * along) * inverse);
-        }
+        auto gradient = [=](int64_t i) { return (load(grad[i]) * weight[i] - load(x[i]) * along) * inverse; };
+        if (onto_TD)
+            for (int64_t i = 0; i < D; i++) store(out[i], gradient(i) + load(onto_TD[t * D + i]));
+        else
+            for (int64_t i = 0; i < D; i++) store(out[i], gradient(i));
     }
 }
 

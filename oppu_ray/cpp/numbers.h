@@ -45,6 +45,20 @@ float dot(const T* x, const T* y, int64_t num) {
     return sum;
 }
 
+struct Exponentials {
+    float most, sum;
+};
+
+// Scores to exponentials of what they are below the highest: a softmax before its division.
+inline Exponentials exponentials(float* x, int64_t num) {
+    float most = x[0], sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < num; i++) most = x[i] > most ? x[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < num; i++) sum += x[i] = exponential(x[i] - most);
+    return {most, sum};
+}
+
 // A head of width W by its token's angles.
 template <typename T>
 void rotate(int64_t W, const T* x, const T* cos, const T* sin, T* __restrict out) {
