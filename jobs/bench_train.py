@@ -7,7 +7,8 @@ model with all adapters, `adapter_names` per row, eval mode), both also with our
 PEFT has (`..._tuned`), `mlora` and `skyrl_tx` (`jobs/peers/`, on CPU, where an interpreter that has them is given),
 `ours_unshared` (no prefix sharing), `ours`, and `ours_one_user` (for memory). The floor is 4 P FLOP per useful token, P
 the parameters in matrix products, at the best matrix product that this machine reaches in the same run. Useful tokens
-count what a user's step shares once. All systems compute in the type that ours would (`machine.compute_dtype`).
+count what a user's step shares once; their share is of all tokens that a system gave to the model, padding included.
+All systems compute in the type that ours would (`machine.compute_dtype`).
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def make_work(config: Any, num_users: int, num_steps: int, folder: Path) -> dict
 
 
 def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
-    """One system in this process: seconds of training alone, last losses, peak bytes."""
+    """One system in this process: seconds of training alone, last losses, peak bytes, tokens given to the model."""
     import torch
 
     from oppu_ray.base_model import load_base
@@ -196,13 +197,16 @@ def run_system(system: str, work: dict[str, Any]) -> dict[str, Any]:
     train = {"peft_sequential": peft_sequential, "peft_mixed": peft_mixed}.get(system.removesuffix(TUNED), ours)
     warm = [UserWork(u.user_id, u.seed, u.peft, (u.steps[0][:4],)) for u in users[:2]]
     train(system, base.model, warm, config.personal)  # compiles, and touches every weight once
+    computed: list[int] = []
+    base.model.get_input_embeddings().register_forward_hook(lambda _, ids, __: computed.append(ids[0].numel()))
     started = time.perf_counter()
     losses, bookkeeping_s = train(system, base.model, users, config.personal)
     elapsed = time.perf_counter() - started
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if config.base.device != "cpu":
         peak = torch.cuda.max_memory_allocated()
-    return {"elapsed_s": elapsed, "bookkeeping_s": bookkeeping_s, "losses": losses, "peak_bytes": peak}
+    measured = {"elapsed_s": elapsed, "bookkeeping_s": bookkeeping_s, "losses": losses, "peak_bytes": peak}
+    return {**measured, "num_computed_tokens": sum(computed)}
 
 
 def ours(system: str, model: Any, users: Sequence[Any], config: Any) -> tuple[dict[str, float], float]:
@@ -370,6 +374,7 @@ def summarise_runs(results: list[dict[str, Any]], users: Sequence[dict[str, Any]
         "users_per_hour": 3600 * len(trained) / elapsed,
         "users_per_hour_no_bookkeeping": 3600 * len(trained) / (elapsed - bookkeeping),
         "useful_tokens_per_s": tokens / elapsed,
+        "useful_share": tokens / computed if (computed := results[0].get("num_computed_tokens")) else None,
         "tokens_per_user_step": tokens / sum(len(user["steps"]) for user in trained),
         "peak_bytes": max(result["peak_bytes"] for result in results),
         "last_loss": statistics.fmean(losses.values()),
@@ -396,11 +401,14 @@ def ratios(rows: dict[str, Any]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'system':<22}{'users/hour':>11}{'tokens/s':>10}{'of floor':>10}{'peak GB':>9}{'last loss':>11}"]
+    lines = [
+        f"{'system':<22}{'users/hour':>11}{'tokens/s':>10}{'useful':>8}{'of floor':>10}{'peak GB':>9}{'last loss':>11}"
+    ]
     for system, row in result["rows"].items():
+        useful = f"{share:.0%}" if (share := row["useful_share"]) else "-"
         lines.append(
-            f"{system:<22}{row['users_per_hour']:>11.0f}{row['useful_tokens_per_s']:>10.0f}{row['floor_share']:>10.0%}"
-            f"{row['peak_bytes'] / 1e9:>9.2f}{row['last_loss']:>11.4f}"
+            f"{system:<22}{row['users_per_hour']:>11.0f}{row['useful_tokens_per_s']:>10.0f}{useful:>8}"
+            f"{row['floor_share']:>10.0%}{row['peak_bytes'] / 1e9:>9.2f}{row['last_loss']:>11.4f}"
         )
     tokens = next(iter(result["rows"].values()))["tokens_per_user_step"]
     lines += [f"{system}: {row['note']}" for system, row in result["rows"].items() if row["note"]]

@@ -88,6 +88,27 @@ def test_peers_read_the_same_steps_rates_and_starting_weights(config_path: Path,
     assert work.users[0].start.keys() == work.users[1].start.keys()
 
 
+def test_the_useful_share_is_of_all_tokens_that_a_system_gave_to_the_model(config_path: Path, tmp_path: Path) -> None:
+    work = bench_train.make_work(load_config(config_path), 2, 1, tmp_path)
+    lengths = [[len(ids) for ids, _ in user["steps"][0]] for user in work["users"]]
+    useful = sum(user["num_useful_tokens"] for user in work["users"])
+    given = {
+        "ours": useful,
+        "ours_unshared": sum(length - 1 for step in lengths for length in step),
+        "peft_sequential": sum(len(step) * max(step) for step in lengths),
+    }
+    assert given["ours"] < given["ours_unshared"] < given["peft_sequential"]
+    for system, num in given.items():
+        found = bench_train.run_system(system, work)
+        assert found["num_computed_tokens"] == num
+        row = bench_train.summarise_runs([found], work["users"])
+        assert row["useful_share"] == useful / num
+        text = bench_train.table(
+            {"rows": {system: {**row, "floor_share": 0.2}}, "ratios": {}, "floor_tokens_per_s": 1.0}
+        )
+        assert f" {useful / num:.0%} " in text.splitlines()[1]
+
+
 def test_batches_hold_every_row_once_with_its_users_mean_shortest_first() -> None:
     lengths = {"ann": [30 - i for i in range(16)], "bob": [9] * 4}
     users = [User(name, [[([7] * n, n - 2) for n in of]], [0.1], {}) for name, of in lengths.items()]
