@@ -113,8 +113,7 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
             raise ValueError(f"user {user_hash[:12]}: exists already; an import makes a new user")
         with disk_errors(user_hash, "import"):
             vault.make_folder(stage)
-            if items:
-                vault.write_framed(stage, user_hash, "history/000001.jsonl", encode_items(items))
+            segments = [vault.write_segment(user_hash, 1, items, stage)] if items else []
             for name, data in blobs.items():
                 vault.write_framed(stage, user_hash, f"blobs/{name}", data)
             row = None
@@ -132,10 +131,7 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
                     remove(folder)
                 step(os.rename, stage, folder)
                 sync_folder(folder.parent)
-                if row is not None:
-                    step(vault.registry.publish, lease, row, None)
-                else:
-                    step(vault.registry.add_users, [user_hash], lease)
+                step(vault.registry.import_user, lease, segments, row)
     finally:
         if stage.exists():
             remove(stage)

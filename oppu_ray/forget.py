@@ -13,8 +13,6 @@ hashes: they must not keep what was forgotten.
 from __future__ import annotations
 
 import gzip
-import hashlib
-import hmac
 import json
 import mmap
 import os
@@ -33,12 +31,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from oppu_ray.core import UserHistory
 from oppu_ray.prepared import INDEX_NAME, USERS_NAME, Keep, forget_prepared, read_index, read_users
-from oppu_ray.registry import UserHash, Version
+from oppu_ray.registry import HistoryChanged, UserHash, Version
 from oppu_ray.vault import (
     CorruptError,
     Vault,
     disk_errors,
-    encode_items,
     remove,
     sha256,
     step,
@@ -115,13 +112,13 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
         ValueError: No such user or item, the history is corrupt, or a file could not be removed.
     """
     user_hash, items = vault.user_hash(user), frozenset(item_ids)
-    hashes = {item: _item_hash(vault, user_hash, item) for item in sorted(items)}
+    hashes = {item: vault.item_hash(user_hash, item) for item in sorted(items)}
     folder = vault.user_folder(user_hash)
     with vault.alone(), disk_errors(user_hash, "forget items of"):
         rows = vault.registry.versions(user_hash)
         seen = {row.version: _items_of(vault, row) for row in rows}
-        segments = vault.history_segments(user_hash)
-        known = {item.item_id for segment in segments for item in segment}.union(*(ids for ids in seen.values() if ids))
+        held = vault.read_history(UserHash(user_hash))
+        known = {item.item_id for item in held}.union(*(ids for ids in seen.values() if ids))
         prepared = [user for top in folders for _, user in _prepared(vault, user_hash, top)]
         known |= {item.item_id for user in prepared for item in (*user.items, *user.queries)}
         done = {item for body in vault.registry.receipts(user_hash) for item in read_receipt(body).items}
@@ -138,10 +135,13 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
         for path in [*made_from_them, *vault.root.glob(f"tmp/{user_hash}-*")]:
             remove(path)
         outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, items.__contains__)]
-        for number, segment in enumerate(segments, 1):
-            left = [item for item in segment if item.item_id not in items]
-            if len(left) < len(segment):
-                vault.replace_file(user_hash, f"history/{number:06d}.jsonl", encode_items(left))
+        while vault.registry.has_user(user_hash):
+            history = vault.history(UserHash(user_hash))
+            for path in vault.unlisted_segments(folder):  # left by appends that were cut short
+                remove(path)
+            with suppress(HistoryChanged):
+                vault.replace_history(user_hash, history, lambda item: item.item_id in items)
+                break
         after = set(_inventory(vault, user_hash))
         removed = [pair for pair in before if pair not in after] + outside
         needs_training = bool(
@@ -159,7 +159,7 @@ def without_forgotten(vault: Vault) -> Keep:
         if user_hash in users and not vault.registry.has_user(user_hash):
             return None
         if theirs := items.get(user_hash):
-            return _keep(vault, user_hash, user, lambda item_id: _item_hash(vault, user_hash, item_id) in theirs)
+            return _keep(vault, user_hash, user, lambda item_id: vault.item_hash(user_hash, item_id) in theirs)
         return user
 
     return keep
@@ -190,7 +190,7 @@ def verify_receipt(
     problems = [] if _is_signed(vault, receipt) else ["the signature is not this vault's, or the receipt was changed"]
     user_hash = receipt.user_hash
     hashes = set(receipt.items)
-    is_gone = (lambda item: _item_hash(vault, user_hash, item) in hashes) if hashes else None
+    is_gone = (lambda item: vault.item_hash(user_hash, item) in hashes) if hashes else None
     found = _speaking(vault, user_hash, folders, is_gone)
     problems += [f"{path}: speaks of the user" + " and of a forgotten item" * bool(hashes) for path in found]
     half_written = [path for top in folders for path in _half_written(vault, top)]
@@ -199,7 +199,7 @@ def verify_receipt(
         held = {item.item_id for item in vault.read_history(UserHash(user_hash))}
         for row in vault.registry.versions(user_hash):
             held |= _items_of(vault, row) or set()
-        if {_item_hash(vault, user_hash, item) for item in held} & hashes:
+        if {vault.item_hash(user_hash, item) for item in held} & hashes:
             problems.append("a forgotten item is in the history or in the manifest of an adapter version")
     else:
         if num_rows := vault.registry.num_rows(user_hash):
@@ -280,10 +280,6 @@ def _items_of(vault: Vault, row: Version) -> set[str] | None:
         return set(vault.read_manifest(vault.user_folder(row.user_hash) / "adapters" / row.version, row).item_ids)
     except (CorruptError, OSError):
         return None
-
-
-def _item_hash(vault: Vault, user_hash: str, item_id: str) -> str:
-    return hmac.new(vault.derive_key("item"), f"{user_hash}/{item_id}".encode(), hashlib.sha256).hexdigest()
 
 
 def _speaking(vault: Vault, user_hash: str, folders: Sequence[Path], is_gone: Gone | None) -> list[Path]:

@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from oppu_ray.config import Config
@@ -22,6 +23,7 @@ from oppu_ray.core import Item, Prompt, TrainingPair, UserHistory
 from oppu_ray.embedding import load_embedder
 from oppu_ray.packing import user_seed
 from oppu_ray.profiles import Profile, is_stale, profile_from_json, profile_prompt, profile_to_json, write_profile
+from oppu_ray.registry import Refused
 from oppu_ray.retrieval import KINDS, Hit, Retriever, make_retriever, retrieve_past_only, update_vectors
 from oppu_ray.tasks import get_task, make_prompt, memory_line, one_line
 from oppu_ray.vault import CorruptError, Vault
@@ -150,6 +152,7 @@ class Memories:
         memory = self._config.memory
         if not memory.name:
             return None
+        generation = self._generation(user.user_id)
         self.write_profiles([profiled or user])
         texts = [memory_line(self._task, item) for item in user.items]
         item_ids = [item.item_id for item in user.items]
@@ -158,7 +161,7 @@ class Memories:
             stored = self._read(user.user_id, VECTORS_NAME)
             vectors, kept = update_vectors(stored, texts, item_ids, self._embedder)
             if kept is not stored:
-                self._vault.put_blob(user.user_id, VECTORS_NAME, kept)
+                self._keep(user.user_id, VECTORS_NAME, kept, generation)
         kind = memory.retriever if memory.top_k else "recency"  # which costs nothing and is not asked
         seed, device = self._seed(user), memory.faiss_device
         retriever = make_retriever(kind, texts, item_ids, seed, self._embedder, vectors, device)
@@ -170,6 +173,7 @@ class Memories:
         """Write and keep the profiles that are missing or stale: the history lost an item since, or grew by a fifth."""
         if not self._config.memory.with_profile:
             return
+        generations = {user.user_id: self._generation(user.user_id) for user in users}
         found = [(user, self._stored_profile(user)) for user in users]
         wanted = [user for user, profile in found if profile is None or is_stale(profile, user.items)]
         asked = [user for user in wanted if user.items and self._config.memory.profile != "template"]
@@ -178,11 +182,24 @@ class Memories:
         said = {user.user_id: text for user, text in zip(asked, texts, strict=True)}
         for user in wanted:
             profile = write_profile(self._task, user.items, said.get(user.user_id, ""))
-            self._vault.put_blob(user.user_id, self._profile_name, profile_to_json(profile).encode())
+            self._keep(user.user_id, self._profile_name, profile_to_json(profile).encode(), generations[user.user_id])
 
     def _stored_profile(self, user: UserHistory) -> Profile | None:
         data = self._read(user.user_id, self._profile_name)
         return None if data is None else profile_from_json(data.decode())
+
+    def _generation(self, user_id: str) -> int | None:
+        """The user's generation, or None if they are not in the vault: then nothing is kept of them."""
+        try:
+            return self._vault.registry.generation(self._vault.user_hash(user_id))
+        except Refused:
+            return None
+
+    def _keep(self, user_id: str, name: str, data: bytes, generation: int | None) -> None:
+        """Store a file made from the history, unless the user, or items of theirs, were forgotten meanwhile."""
+        if generation is not None:
+            with suppress(Refused):
+                self._vault.put_blob(user_id, name, data, generation)
 
     def _read(self, user_id: str, name: str) -> bytes | None:
         try:

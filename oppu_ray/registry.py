@@ -39,6 +39,38 @@ _USERS = sa.Table(
     sa.Column("user_hash", sa.String(64), primary_key=True),
     sa.Column("current", sa.String(64)),
     sa.Column("created_at", sa.Double, nullable=False),
+    # Number of the audit line that added the user or forgot something of theirs: never used twice, also not by a user
+    # who was forgotten and comes again.
+    sa.Column("generation", sa.Integer, nullable=False, server_default="0"),
+    # Counts the changes of the history; NULL: its segments are not listed yet (a vault made with schema 1).
+    sa.Column("history_version", sa.Integer),
+    sa.Column("key_check", sa.String(64)),
+)
+# The user's history in order: file `name` holds `num_items` items. `ids`: 16 bytes of each item's keyed hash.
+_SEGMENTS = sa.Table(
+    "segments",
+    _META,
+    sa.Column("user_hash", sa.String(64), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.String(80), nullable=False),
+    sa.Column("num_items", sa.Integer, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("ids", sa.LargeBinary, nullable=False),
+)
+# What is true of the whole vault and must not be guessed from its folder: is it sealed, which key file is its own.
+_FACTS = sa.Table(
+    "facts",
+    _META,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+# Processes that hold copies of users' data: the newest audit line that each has obeyed, and how long it counts.
+_FOLLOWERS = sa.Table(
+    "followers",
+    _META,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("seen", sa.Integer, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
 )
 _VERSIONS = sa.Table(
     "versions",
@@ -96,8 +128,18 @@ _AUDIT = sa.Table(
     sa.Column("detail", sa.Text, nullable=False),
     sa.Column("chain", sa.String(64), nullable=False),
 )
+_OF_USERS = (_USERS, _SEGMENTS, _VERSIONS, _UNITS, _LEASES, _TOKENS)
+"""All rows of a user but receipts and the audit log."""
+
 # A new registry is made from the tables above, at the newest schema; MIGRATIONS[i] brings schema i + 1 to i + 2.
-MIGRATIONS: tuple[tuple[str, ...], ...] = ()
+# Tables that a migration does not name are made as above.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "ALTER TABLE users ADD COLUMN generation INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE users ADD COLUMN history_version INTEGER",
+        "ALTER TABLE users ADD COLUMN key_check VARCHAR(64)",
+    ),
+)
 
 
 class UserHash(str):
@@ -110,6 +152,10 @@ class RegistryError(ValueError):
 
 class Refused(ValueError):
     """A definite no (lease held or lost, `current` moved, run already done): nothing was written."""
+
+
+class HistoryChanged(Refused):
+    """Another process changed the history since it was read: read it again and go on."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +182,47 @@ class User:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """One file of a user's history.
+
+    Args:
+        number: Its place, from 1; numbers may have gaps.
+        name: Of the file in the user's history folder.
+        num_bytes: Of its items as JSON lines.
+        ids: The first 16 bytes of each item's keyed hash, in order, joined.
+    """
+
+    number: int
+    name: str
+    num_items: int
+    num_bytes: int
+    ids: bytes
+
+
+@dataclass(frozen=True)
+class History:
+    """A user's history as listed in the registry, read in one transaction.
+
+    Args:
+        generation: Changes when something of the user is forgotten, and when a forgotten user comes again.
+        version: Changes with every change of the history; None: a vault of schema 1, segments not listed yet.
+        segments: In order.
+    """
+
+    generation: int
+    version: int | None
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_items(self) -> int:
+        return sum(segment.num_items for segment in self.segments)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(segment.num_bytes for segment in self.segments)
+
+
+@dataclass(frozen=True)
 class Lease:
     """The right to train one user until `expires_at`; `fence` is larger than that of every lease before."""
 
@@ -147,7 +234,10 @@ class Lease:
 
 @dataclass(frozen=True)
 class Token:
-    """Who a bearer token speaks for. `user_hash` is None for operators and readers. Times in Unix seconds."""
+    """Who a bearer token speaks for. `user_hash` is None for operators and readers. Times in Unix seconds.
+
+    `generation`: the user's when the token was verified, for writes that must not outlive a forgetting.
+    """
 
     token_id: str
     role: str
@@ -155,6 +245,7 @@ class Token:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    generation: int | None = None
 
 
 @dataclass(frozen=True)
@@ -223,11 +314,7 @@ class Registry:
             if held := _present(connection, _LEASES.c.user_hash, missing, *of_others):
                 raise Refused(f"user {min(held)[:12]}: is being added or swept by another process; try again")
             if missing:
-                now = self._clock()
-                rows = [{"user_hash": user_hash, "created_at": now} for user_hash in sorted(missing)]
-                connection.execute(sa.insert(_USERS), rows)
-                subject = min(missing) if len(missing) == 1 else None
-                self._audit(connection, "add", subject, {"num_users": len(rows)})
+                self._add(connection, missing)
         return len(missing)
 
     def has_user(self, user_hash: str) -> bool:
@@ -274,22 +361,27 @@ class Registry:
         Raises:
             Refused: The lease was lost, `current` is no longer `expected`, or the run has committed this user.
         """
+        with self._write() as connection:
+            _check_held(connection, lease)
+            self._publish(connection, version, expected, make_current)
+
+    def import_user(self, lease: Lease, segments: Sequence[Segment], version: Version | None) -> None:
+        """Add a user whole, in one transaction: the list of their history, and their current version if there is one.
+
+        Raises:
+            Refused: The lease was lost, or the user exists.
+        """
         user_hash = lease.user_hash
         with self._write() as connection:
             _check_held(connection, lease)
-            row = connection.execute(sa.select(_USERS.c.current).where(_USERS.c.user_hash == user_hash)).first()
-            if row is None:
-                connection.execute(sa.insert(_USERS).values(user_hash=user_hash, created_at=self._clock()))
-            current = None if row is None else row.current
-            self._move(connection, user_hash, current, expected, version.version if make_current else current)
-            connection.execute(sa.insert(_VERSIONS).values(**asdict(version)))
-            if version.run_id:
-                unit = {"run_id": version.run_id, "user_hash": user_hash}
-                if _unit_version(connection, version.run_id, user_hash) is not None:
-                    raise Refused(f"user {user_hash[:12]}: run {version.run_id} has committed this user already")
-                connection.execute(sa.insert(_UNITS).values(**unit, version=version.version))
-            detail = {"version": version.version, "manifest_sha256": version.manifest_sha256}
-            self._audit(connection, "publish", user_hash, detail)
+            if _present(connection, _USERS.c.user_hash, {user_hash}):
+                raise Refused(f"user {user_hash[:12]}: exists already; an import makes a new user")
+            self._add(connection, {user_hash})
+            if segments:
+                rows = [{"user_hash": user_hash, **asdict(segment)} for segment in segments]
+                connection.execute(sa.insert(_SEGMENTS), rows)
+            if version is not None:
+                self._publish(connection, version, None, make_current=True)
 
     def use(self, user_hash: str, version: str, expected: str | None) -> None:
         """Make a good version current. `Refused` when `current` is no longer `expected`, ValueError if not good."""
@@ -330,12 +422,14 @@ class Registry:
                 connection.execute(sa.delete(table).where(*chosen))
             connection.execute(sa.delete(_LEASES).where(_LEASES.c.user_hash == user_hash))
             self._repoint(connection, user_hash, versions, mine, _VERSIONS.c.is_good)
-            self._audit(connection, "forget", user_hash, {"versions": sorted(versions), "items": items})
+            generation = self._audit(connection, "forget", user_hash, {"versions": sorted(versions), "items": items})
+            mine = _USERS.c.user_hash == user_hash
+            connection.execute(sa.update(_USERS).where(mine).values(generation=generation))
 
     def delete_user(self, user_hash: str) -> None:
         """Drop every row of a user but receipts and the audit log, and say so in the log. Idempotent."""
         with self._write() as connection:
-            for table in (_USERS, _VERSIONS, _UNITS, _LEASES, _TOKENS):
+            for table in _OF_USERS:
                 connection.execute(sa.delete(table).where(table.c.user_hash == user_hash))
             self._audit(connection, "forget", user_hash, {})
         if self._url.get_backend_name() == "sqlite":  # pages of the deleted rows must not live on in the log file
@@ -346,9 +440,99 @@ class Registry:
     def num_rows(self, user_hash: str) -> int:
         """How many rows speak of a user, receipts and audit log aside."""
         with self._read() as connection:
-            tables = (_USERS, _VERSIONS, _UNITS, _LEASES, _TOKENS)
-            counts = [sa.select(sa.func.count()).where(table.c.user_hash == user_hash) for table in tables]
+            counts = [sa.select(sa.func.count()).where(table.c.user_hash == user_hash) for table in _OF_USERS]
             return sum(connection.scalar(count) or 0 for count in counts)
+
+    # ---- histories
+
+    def history(self, user_hash: str) -> History:
+        """The list of a user's segments. `Refused` if there is no such user."""
+        with self._read() as connection:
+            return _history(connection, user_hash)
+
+    def change_history(
+        self, user_hash: str, before: History, segments: Sequence[Segment], lease: Lease | None = None
+    ) -> History:
+        """Replace the list of segments; returns the new one.
+
+        Args:
+            before: As read before the change.
+            lease: Under which the user is worked on, if one is held.
+
+        Raises:
+            Refused: The user was forgotten, or something of theirs, since `before` was read; the history was changed
+                by another process; or the lease was lost.
+        """
+        mine = _SEGMENTS.c.user_hash == user_hash
+        with self._write() as connection:
+            if lease is not None:
+                _check_held(connection, lease)
+            _check_generation(connection, user_hash, before.generation)
+            if _history(connection, user_hash).version != before.version:
+                raise HistoryChanged(f"user {user_hash[:12]}: the history was changed by another process; try again")
+            after = History(before.generation, (before.version or 0) + 1, tuple(segments))
+            kept = {segment.number for segment in before.segments if segment in after.segments}
+            gone = {segment.number for segment in before.segments} - kept
+            if gone:
+                connection.execute(sa.delete(_SEGMENTS).where(mine, _SEGMENTS.c.number.in_(gone)))
+            if new := [segment for segment in after.segments if segment.number not in kept]:
+                rows = [{"user_hash": user_hash, **asdict(segment)} for segment in new]
+                connection.execute(sa.insert(_SEGMENTS), rows)
+            values = {"history_version": after.version}
+            connection.execute(sa.update(_USERS).where(_USERS.c.user_hash == user_hash).values(values))
+        return after
+
+    def generation(self, user_hash: str) -> int:
+        """Read it before what a later write is made from, and hand it to `fenced`. `Refused` if no such user."""
+        with self._read() as connection:
+            return _generation(connection, user_hash)
+
+    @contextmanager
+    def fenced(self, user_hash: str, generation: int) -> Iterator[None]:
+        """Hold the registry's write lock while files of a user are put in place: no forgetting can begin meanwhile.
+
+        Keep the body short: a rename, not a write.
+
+        Raises:
+            Refused: The user was forgotten, or something of theirs, since `generation` was read.
+        """
+        with self._write() as connection:
+            _check_generation(connection, user_hash, generation)
+            yield
+
+    # ---- facts of the vault, and who follows the audit log
+
+    def fact(self, name: str) -> str | None:
+        """What is recorded of the whole vault under this name, or None."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(_FACTS.c.value).where(_FACTS.c.name == name))
+
+    def record_fact(self, name: str, value: str) -> str:
+        """Record a fact unless one of this name is there; returns the one that holds."""
+        with self._write() as connection:
+            found = connection.scalar(sa.select(_FACTS.c.value).where(_FACTS.c.name == name))
+            if found is None:
+                connection.execute(sa.insert(_FACTS).values(name=name, value=value))
+        return value if found is None else found
+
+    def key_check(self, user_hash: str) -> str | None:
+        """The check value of the user's key, or None if no key was registered."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(_USERS.c.key_check).where(_USERS.c.user_hash == user_hash))
+
+    def record_key_check(self, user_hash: str, value: str) -> str:
+        """Record the check value of the user's key unless there is one; returns the one that holds.
+
+        Raises:
+            Refused: No such user.
+        """
+        mine = _USERS.c.user_hash == user_hash
+        with self._write() as connection:
+            _generation(connection, user_hash)
+            found = connection.scalar(sa.select(_USERS.c.key_check).where(mine))
+            if found is None:
+                connection.execute(sa.update(_USERS).where(mine).values(key_check=value))
+        return value if found is None else found
 
     # ---- runs: which users are done
 
@@ -427,11 +611,11 @@ class Registry:
         if not (parts := _TOKEN.fullmatch(token)):
             return None
         with self._read() as connection:
-            row = connection.execute(sa.select(_TOKENS).where(_TOKENS.c.token_id == parts[1])).first()
+            row = connection.execute(_TOKEN_AND_USER, {"wanted": parts[1]}).first()
         is_equal = hmac.compare_digest(_sha256(parts[2]), "0" * 64 if row is None else row.digest)
         if row is None or not is_equal or row.revoked_at is not None:
             return None
-        return None if row.expires_at is not None and row.expires_at <= self._clock() else _token(row)
+        return None if row.expires_at is not None and row.expires_at <= self._clock() else _token(row, row.generation)
 
     def revoke_token(self, token_id: str) -> None:
         with self._write() as connection:
@@ -529,7 +713,32 @@ class Registry:
                 raise RegistryError(f"registry {self._shown}: schema {found} is newer than this oppu_ray's {newest}")
             for statement in (line for step in MIGRATIONS[found - 1 :] for line in step):
                 connection.exec_driver_sql(statement)
+            _META.create_all(connection)
             connection.execute(sa.update(_SCHEMA).values(version=newest))
+
+    def _add(self, connection: sa.Connection, user_hashes: set[str]) -> None:
+        """Insert users that are not there, with empty histories."""
+        subject = min(user_hashes) if len(user_hashes) == 1 else None
+        generation = self._audit(connection, "add", subject, {"num_users": len(user_hashes)})
+        new = {"created_at": self._clock(), "generation": generation, "history_version": 0}
+        connection.execute(sa.insert(_USERS), [{"user_hash": user_hash, **new} for user_hash in sorted(user_hashes)])
+
+    def _publish(self, connection: sa.Connection, version: Version, expected: str | None, make_current: bool) -> None:
+        """See `publish`; the caller has checked the lease."""
+        user_hash = version.user_hash
+        row = connection.execute(sa.select(_USERS.c.current).where(_USERS.c.user_hash == user_hash)).first()
+        if row is None:
+            self._add(connection, {user_hash})
+        current = None if row is None else row.current
+        self._move(connection, user_hash, current, expected, version.version if make_current else current)
+        connection.execute(sa.insert(_VERSIONS).values(**asdict(version)))
+        if version.run_id:
+            unit = {"run_id": version.run_id, "user_hash": user_hash}
+            if _unit_version(connection, version.run_id, user_hash) is not None:
+                raise Refused(f"user {user_hash[:12]}: run {version.run_id} has committed this user already")
+            connection.execute(sa.insert(_UNITS).values(**unit, version=version.version))
+        detail = {"version": version.version, "manifest_sha256": version.manifest_sha256}
+        self._audit(connection, "publish", user_hash, detail)
 
     def _move(
         self, connection: sa.Connection, user_hash: str, current: str | None, expected: str | None, version: str | None
@@ -546,13 +755,15 @@ class Registry:
         was_current = (_USERS.c.user_hash == user_hash, _USERS.c.current.in_(gone))
         connection.execute(sa.update(_USERS).where(*was_current).values(current=connection.scalar(newest)))
 
-    def _audit(self, connection: sa.Connection, action: str, user_hash: str | None, detail: dict[str, Any]) -> None:
+    def _audit(self, connection: sa.Connection, action: str, user_hash: str | None, detail: dict[str, Any]) -> int:
+        """Append a line to the audit log; returns its number."""
         last = sa.select(_AUDIT.c.number, _AUDIT.c.chain).order_by(_AUDIT.c.number.desc()).limit(1)
         row = connection.execute(last).first()
         number, before = (1, "") if row is None else (row.number + 1, row.chain)
         entry = Entry(number, self._clock(), action, user_hash, json.dumps(detail, sort_keys=True), "")
         entry = replace(entry, chain=self._chain(before, entry))
         connection.execute(sa.insert(_AUDIT).values(**asdict(entry)))
+        return number
 
     def _chain(self, before: str, entry: Entry) -> str:
         line = json.dumps([before, entry.number, entry.time, entry.action, entry.user_hash, entry.detail])
@@ -563,6 +774,11 @@ _CURRENT = (
     sa.select(_VERSIONS)
     .join(_USERS, sa.and_(_USERS.c.user_hash == _VERSIONS.c.user_hash, _USERS.c.current == _VERSIONS.c.version))
     .where(_USERS.c.user_hash == sa.bindparam("wanted"))
+)
+_TOKEN_AND_USER = (
+    sa.select(_TOKENS, _USERS.c.generation)
+    .select_from(_TOKENS.outerjoin(_USERS, _USERS.c.user_hash == _TOKENS.c.user_hash))
+    .where(_TOKENS.c.token_id == sa.bindparam("wanted"))
 )
 _VERSION = sa.select(_VERSIONS).where(
     _VERSIONS.c.user_hash == sa.bindparam("wanted"), _VERSIONS.c.version == sa.bindparam("version")
@@ -580,6 +796,29 @@ def _present(
     return found
 
 
+def _generation(connection: sa.Connection, user_hash: str) -> int:
+    found = connection.scalar(sa.select(_USERS.c.generation).where(_USERS.c.user_hash == user_hash))
+    if found is None:
+        raise Refused(f"user {user_hash[:12]}: no such user, or forgotten meanwhile")
+    return found
+
+
+def _check_generation(connection: sa.Connection, user_hash: str, generation: int) -> None:
+    if _generation(connection, user_hash) != generation:
+        raise Refused(f"user {user_hash[:12]}: the user, or items of theirs, were forgotten meanwhile")
+
+
+def _history(connection: sa.Connection, user_hash: str) -> History:
+    segments = [column for column in _SEGMENTS.c if column.name != "user_hash"]
+    joined = _USERS.outerjoin(_SEGMENTS, _SEGMENTS.c.user_hash == _USERS.c.user_hash)
+    chosen = sa.select(_USERS.c.generation, _USERS.c.history_version, *segments).select_from(joined)
+    rows = connection.execute(chosen.where(_USERS.c.user_hash == user_hash).order_by(_SEGMENTS.c.number)).all()
+    if not rows:
+        raise Refused(f"user {user_hash[:12]}: no such user, or forgotten meanwhile")
+    listed = tuple(Segment(*row[2:]) for row in rows if row.number is not None)
+    return History(rows[0].generation, rows[0].history_version, listed)
+
+
 def _check_held(connection: sa.Connection, lease: Lease) -> None:
     held = sa.select(_LEASES.c.fence).where(_LEASES.c.user_hash == lease.user_hash)
     if connection.scalar(held) != lease.fence:
@@ -591,9 +830,9 @@ def _unit_version(connection: sa.Connection, run_id: str, user_hash: str) -> str
     return connection.scalar(sa.select(_UNITS.c.version).where(*mine))
 
 
-def _token(row: sa.Row[Any]) -> Token:
+def _token(row: sa.Row[Any], generation: int | None = None) -> Token:
     subject = None if row.user_hash is None else UserHash(row.user_hash)
-    return Token(row.token_id, row.role, subject, row.created_at, row.expires_at, row.revoked_at)
+    return Token(row.token_id, row.role, subject, row.created_at, row.expires_at, row.revoked_at, generation)
 
 
 def _sha256(text: str) -> str:

@@ -38,11 +38,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from oppu_ray import adapter_files
 from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, Item
-from oppu_ray.registry import Lease, Refused, Registry, UserHash, Version
+from oppu_ray.registry import History, HistoryChanged, Lease, Refused, Registry, Segment, UserHash, Version
 
 FORMAT = 1
 COMMIT_TTL_S = 60.0
 MANIFEST_NAME = "manifest.json"
+ID_BYTES = 16
+"""Of an item's keyed hash in the registry's list of segments."""
+MERGE_ITEMS, MERGE_BYTES = 64, 64 * 1024
+"""An append rewrites the newest segment if it is smaller than both, so that a history has few files."""
 BLOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(\.[a-z0-9]{1,12})?")
 _BAD_CATEGORIES = {"Cc": "control", "Cf": "invisible format", "Cs": "surrogate", "Zl": "line", "Zp": "paragraph"}
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -306,63 +310,128 @@ class Vault:
     # ---- history and other files of the user
 
     def append_history(
-        self, user: str, items: Sequence[Item], *, skip_known: bool = False, lease: Lease | None = None
+        self,
+        user: str,
+        items: Sequence[Item],
+        *,
+        skip_known: bool = False,
+        lease: Lease | None = None,
+        generation: int | None = None,
     ) -> int:
-        """Add items, oldest first, as one new segment; returns how many items the history has now.
+        """Add items, oldest first; returns how many items the history has now. Reads at most the newest segment.
 
-        An item whose id is there already is an error, or with `skip_known` left out. `Refused` if `lease` was lost, or
-        the user forgotten meanwhile: what was read before must not come back.
+        Args:
+            skip_known: Leave out an item whose id is there already, instead of an error.
+            lease: Under which the user is worked on, if one is held.
+            generation: Of the user when this was asked for; None registers a user who is not there yet.
+
+        Raises:
+            Refused: The lease was lost, or the user, or items of theirs, were forgotten meanwhile.
+            ValueError: An item is malformed, or its id is there already.
         """
         user_hash = self.user_hash(user)
-        self.registry.add_users([user_hash], lease)
-        folder = self.user_folder(user_hash) / "history"
+        if generation is None:
+            self.registry.add_users([user_hash], lease)
         with disk_errors(user_hash, "add to the history of"):
             while True:
-                segments = self.history_segments(user_hash)
-                known = [item for segment in segments for item in segment]
-                ids = {item.item_id for item in known} if skip_known else set()
-                new = [item for item in items if item.item_id not in ids]
-                check_items(user_hash, [*known, *new])
+                before = self.history(user_hash)
+                if generation is not None and before.generation != generation:
+                    raise Refused(f"user {user_hash[:12]}: the user, or items of theirs, were forgotten meanwhile")
+                generation = before.generation
+                known = self.item_keys(before)
+                new = [item for item in items if not skip_known or self.item_key(user_hash, item.item_id) not in known]
+                check_items(user_hash, new)
+                if twice := [item for item in new if self.item_key(user_hash, item.item_id) in known]:
+                    raise ValueError(f"{_where(user_hash, twice[0])}: is there twice, expected ids unique in a history")
                 if not new:
-                    return len(known)
-                name = f"{len(segments) + 1:06d}.jsonl"
-                try:  # fails if another process took the number since we read, so no item is doubled or lost
-                    data = self.frame(user_hash, f"history/{name}", encode_items(new))
-                    self.write_new(folder / name, data, user_hash)
-                except FileExistsError:
-                    continue
-                try:  # asked again, as who forgot the user in between may not have seen the file
-                    self.registry.check_user(user_hash, lease)
-                except Refused:
-                    remove(folder / name)
-                    raise
-                return len(known) + len(new)
+                    return before.num_items
+                with suppress(HistoryChanged):
+                    kept, last = before.segments, before.segments[-1:]
+                    if last and last[0].num_items < MERGE_ITEMS and last[0].num_bytes < MERGE_BYTES:
+                        kept, new = kept[:-1], [*self._read_segment(user_hash, before, last[0]), *new]
+                    segments = (*kept, self.write_segment(user_hash, kept[-1].number + 1 if kept else 1, new))
+                    return self._change_history(user_hash, before, segments, lease).num_items
 
-    def read_history(self, user: str) -> tuple[Item, ...]:
-        """All items, oldest first; empty if there is none. `CorruptError` names a damaged or missing segment."""
-        return tuple(item for segment in self.history_segments(self.user_hash(user)) for item in segment)
+    def history(self, user: str) -> History:
+        """The list of a user's history: counts and segments, without reading them. `Refused` if no such user."""
+        user_hash = self.user_hash(user)
+        with disk_errors(user_hash, "list the history of"):
+            while (found := self.registry.history(user_hash)).version is None:  # made with schema 1: list it once
+                segments = []
+                for number, name in enumerate(self._numbered_segments(user_hash), 1):
+                    items = decode_items(self.read_framed(user_hash, f"history/{name}"))
+                    segments.append(self._segment(user_hash, number, name, items))
+                with suppress(HistoryChanged):
+                    return self.registry.change_history(user_hash, found, segments)
+        return found
 
-    def history_segments(self, user_hash: str) -> list[tuple[Item, ...]]:
-        """The items by segment: file `i + 1` of the history folder holds entry i."""
-        folder = self.user_folder(user_hash) / "history"
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        if names != [f"{number:06d}.jsonl" for number in range(1, len(names) + 1)]:
-            raise CorruptError(f"user {user_hash[:12]}: history has segments {names}, expected 000001.jsonl and on")
-        return [decode_items(self.read_framed(user_hash, f"history/{name}")) for name in names]
+    def read_history(self, user: str, newest: int | None = None) -> tuple[Item, ...]:
+        """The items, oldest first; empty if there is no such user. With `newest`, only so many, the last ones.
 
-    def put_blob(self, user: str, name: str, data: bytes) -> None:
+        Raises:
+            CorruptError: A segment was read and is not what was written.
+            DiskError: A segment cannot be read.
+        """
+        user_hash = self.user_hash(user)
+        while True:
+            try:
+                found = self.history(user_hash)
+            except Refused:
+                return ()
+            segments = found.segments
+            if newest is not None:
+                while segments and sum(segment.num_items for segment in segments[1:]) >= newest:
+                    segments = segments[1:]
+            with suppress(HistoryChanged), disk_errors(user_hash, "read the history of"):
+                items = [item for segment in segments for item in self._read_segment(user_hash, found, segment)]
+                return tuple(items if newest is None else items[max(0, len(items) - newest) :])
+
+    def replace_history(self, user_hash: str, before: History, is_gone: Callable[[Item], bool]) -> None:
+        """Write the segments that hold items which are gone anew without them. `Refused` as `change_history`."""
+        segments = []
+        for segment in before.segments:
+            items = self._read_segment(user_hash, before, segment)
+            left = [item for item in items if not is_gone(item)]
+            if len(left) == len(items):
+                segments.append(segment)
+            elif left:
+                segments.append(self.write_segment(user_hash, segment.number, left))
+        self._change_history(user_hash, before, segments)
+
+    def item_hash(self, user_hash: str, item_id: str) -> str:
+        """What stands for an item where its id must not be: keyed, hex."""
+        return hmac.new(self.derive_key("item"), f"{user_hash}/{item_id}".encode(), hashlib.sha256).hexdigest()
+
+    def item_key(self, user_hash: str, item_id: str) -> bytes:
+        """The first bytes of `item_hash`, as the list of segments holds them."""
+        return bytes.fromhex(self.item_hash(user_hash, item_id))[:ID_BYTES]
+
+    def item_keys(self, history: History) -> set[bytes]:
+        """The keys of all items of a history."""
+        ids = b"".join(segment.ids for segment in history.segments)
+        return {ids[start : start + ID_BYTES] for start in range(0, len(ids), ID_BYTES)}
+
+    def put_blob(self, user: str, name: str, data: bytes, generation: int | None = None) -> None:
         """Store or replace a file made from the history, such as "profile.txt" or "index.safetensors".
 
-        Of a user who is not in the vault nothing is kept: who was forgotten meanwhile stays so.
+        Args:
+            generation: The user's, read before what the file was made from; None: as it is now.
+
+        Raises:
+            Refused: No such user, or the user, or items of theirs, were forgotten meanwhile.
         """
         user_hash = self.user_hash(user)
         if not BLOB_NAME.fullmatch(name):
             raise ValueError(f"user {user_hash[:12]}: file name {name!r}: expected {BLOB_NAME.pattern}")
+        if generation is None:
+            generation = self.registry.generation(user_hash)
         with disk_errors(user_hash, f"store {name} of"):
-            if self.registry.has_user(user_hash):
-                self.replace_file(user_hash, f"blobs/{name}", data)
-                if not self.registry.has_user(user_hash):
-                    remove(self.user_folder(user_hash) / "blobs" / name)
+            path = self.user_folder(user_hash) / "blobs" / name
+            with self._staged(self.frame(user_hash, f"blobs/{name}", data), user_hash) as staged:
+                with self.registry.fenced(user_hash, generation):
+                    self.make_folder(path.parent)
+                    step(os.rename, staged, path)
+            sync_folder(path.parent)
 
     def get_blob(self, user: str, name: str) -> bytes | None:
         """A stored file, or None. `CorruptError` if its checksum does not hold."""
@@ -458,6 +527,19 @@ class Vault:
             raise CorruptError(f"{MANIFEST_NAME} is not the one that was registered")
         return decode_manifest(text)
 
+    def write_segment(self, user_hash: str, number: int, items: Sequence[Item], stage: Path | None = None) -> Segment:
+        """Write a segment under a new name, in the user's folder or in one to be renamed to it.
+
+        Nobody reads it before the registry lists it.
+        """
+        name = f"{number:06d}-{secrets.token_hex(8)}.jsonl"
+        if stage is not None:
+            self.write_framed(stage, user_hash, f"history/{name}", encode_items(items))
+        else:
+            data = self.frame(user_hash, f"history/{name}", encode_items(items))
+            self.write_new(self.user_folder(user_hash) / "history" / name, data, user_hash)
+        return self._segment(user_hash, number, name, items)
+
     def read_framed(self, user_hash: str, name: str) -> bytes:
         """The content of one of the user's files, checked against the checksum on its first line."""
         data = self.unseal(user_hash, name, self._read_bytes(self.user_folder(user_hash) / name))
@@ -465,14 +547,6 @@ class Vault:
         if line + newline != _digest_line(user_hash, name, content):
             raise CorruptError(f"user {user_hash[:12]}: {name}: content is not that of its SHA-256 {line[:16]!r}")
         return content
-
-    def replace_file(self, user_hash: str, name: str, content: bytes) -> None:
-        """Put a framed file in place in one rename: readers see the old content or the new."""
-        path = self.user_folder(user_hash) / name
-        self.make_folder(path.parent)
-        with self._staged(self.frame(user_hash, name, content), user_hash) as staged:
-            step(os.rename, staged, path)
-        sync_folder(path.parent)
 
     def write_framed(self, stage: Path, user_hash: str, name: str, content: bytes) -> None:
         """Write a framed file into a folder that is still to be renamed to the user's."""
@@ -517,6 +591,50 @@ class Vault:
             raise CorruptError(f"user {user_hash[:12]}: {name} is not what was sealed here") from None
 
     # ---- inside
+
+    def _segment(self, user_hash: str, number: int, name: str, items: Sequence[Item]) -> Segment:
+        ids = b"".join(self.item_key(user_hash, item.item_id) for item in items)
+        return Segment(number, name, len(items), len(encode_items(items)), ids)
+
+    def _read_segment(self, user_hash: str, history: History, segment: Segment) -> tuple[Item, ...]:
+        """The items of a segment of `history`. `HistoryChanged` if an append has merged it meanwhile."""
+        try:
+            data = self.read_framed(user_hash, f"history/{segment.name}")
+        except FileNotFoundError:
+            if self.registry.history(user_hash).version != history.version:
+                raise HistoryChanged(f"user {user_hash[:12]}: the history was changed meanwhile; try again") from None
+            raise
+        items = decode_items(data)
+        if b"".join(self.item_key(user_hash, item.item_id) for item in items) != segment.ids:
+            raise CorruptError(f"user {user_hash[:12]}: {segment.name} holds other items than the registry lists")
+        return items
+
+    def _change_history(
+        self, user_hash: str, before: History, segments: Sequence[Segment], lease: Lease | None = None
+    ) -> History:
+        """List new segments, and remove the files of those that are listed no more (or, refused, of the new ones)."""
+        folder = self.user_folder(user_hash) / "history"
+        gone = {segment.name for segment in before.segments} - {segment.name for segment in segments}
+        try:
+            after = step(self.registry.change_history, user_hash, before, segments, lease)
+        except Refused:
+            gone = {segment.name for segment in segments} - {segment.name for segment in before.segments}
+            raise
+        except BaseException:  # the list may have been changed, or not: only gc may judge
+            gone = set()
+            raise
+        finally:
+            for name in gone:
+                remove(folder / name)
+        return after
+
+    def _numbered_segments(self, user_hash: str) -> list[str]:
+        """File names of a history made with schema 1."""
+        folder = self.user_folder(user_hash) / "history"
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        if names != [f"{number:06d}.jsonl" for number in range(1, len(names) + 1)]:
+            raise CorruptError(f"user {user_hash[:12]}: history has segments {names}, expected 000001.jsonl and on")
+        return names
 
     def _commit(self, lease: Lease, adapter: AdapterState, manifest: Manifest, make_current: bool) -> str:
         user_hash = lease.user_hash
@@ -581,7 +699,7 @@ class Vault:
             for row in self.registry.versions(user_hash)
             if row.is_good
         ]
-        checks.append(("history", partial(self.history_segments, user_hash)))
+        checks.append(("history", partial(self.read_history, UserHash(user_hash))))
         checks += [(name, partial(self.read_framed, user_hash, f"blobs/{name}")) for name in self.blob_names(user_hash)]
         for name, check in checks:
             try:
@@ -597,8 +715,21 @@ class Vault:
         for folder in self.root.glob("users/*/*/*"):
             mine = folder.glob("adapters/*") if folder.name in users else [folder]
             found += [path for path in mine if (folder.name, path.name) not in versions]
+            if folder.name in users:
+                found += self.unlisted_segments(folder)
         found += [path for path in self.root.glob("keys/*/*/*") if path.name not in users]
         return sorted(found)
+
+    def unlisted_segments(self, folder: Path) -> list[Path]:
+        """Files in a user's history folder that the registry does not list."""
+        try:
+            history = self.registry.history(folder.name)
+        except Refused:  # forgotten meanwhile
+            return []
+        if history.version is None:
+            return []
+        listed = {segment.name for segment in history.segments}
+        return [path for path in folder.glob("history/*") if path.name not in listed]
 
     def make_folder(self, folder: Path) -> None:
         """Make a folder of the vault with mode 0700, and those above it; a symlink among them is refused."""
@@ -735,11 +866,15 @@ def decode_items(data: bytes) -> tuple[Item, ...]:
     return tuple(items)
 
 
+def _where(user_hash: str, item: Item) -> str:
+    return f"user {user_hash[:12]}: item {item.item_id!r}"
+
+
 def check_items(user_hash: str, items: Sequence[Item]) -> None:
     """ValueError if an item has no id, the id of another item, a field that is not text, or text that is no Unicode."""
     seen = set[str]()
     for item in items:
-        where = f"user {user_hash[:12]}: item {item.item_id!r}"
+        where = _where(user_hash, item)
         optional = (item.time, item.label, item.title, item.abstract, item.keywords)
         texts = [item.item_id, item.text, *item.context, *item.options, *(one for one in optional if one is not None)]
         if not all(isinstance(text, str) for text in texts) or not item.item_id:

@@ -296,7 +296,11 @@ def test_reopening_keeps_everything_and_a_newer_schema_is_refused(url: str, regi
 
 def test_migrations_run_once_in_order(url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(registry, version(ALICE, 1))
-    steps = (("CREATE TABLE extra (a INTEGER)",), ("ALTER TABLE extra ADD COLUMN b INTEGER",))
+    steps = (
+        *registry_module.MIGRATIONS,
+        ("CREATE TABLE extra (a INTEGER)",),
+        ("ALTER TABLE extra ADD COLUMN b INTEGER",),
+    )
     monkeypatch.setattr(registry_module, "MIGRATIONS", steps)
     for _ in range(2):
         again = Registry(url, KEY)

@@ -20,7 +20,7 @@ import pytest
 from fastapi import HTTPException
 from serve_tools import CONFIG, FakeBackend, token_of, web_of
 from starlette.testclient import TestClient
-from vault_tools import make_adapter, make_manifest
+from vault_tools import make_adapter, make_manifest, segment_files
 
 from oppu_ray.core import Item
 from oppu_ray.pairs import make_pairs
@@ -484,7 +484,7 @@ def test_a_damaged_history_and_a_full_disk_are_faults_of_ours_and_show_no_path(
         response = ann.post("/v1/me/history", json={"items": [{"text": "b", "label": "action"}]})
     assert code(response) == (503, "disk_unavailable") and response.headers["retry-after"]
     assert str(vault.root) not in response.text and str(vault.root) in caplog.text
-    segment = vault.user_folder(vault.user_hash("ann")) / "history" / "000001.jsonl"
+    (segment,) = segment_files(vault, "ann")
     segment.write_bytes(segment.read_bytes()[:-3] + b"xx\n")
     for path in ("/v1/me", "/v1/me/history", "/v1/me/export"):
         response = ann.get(path)

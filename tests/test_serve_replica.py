@@ -14,7 +14,7 @@ import pytest
 import torch
 from serve_tools import FakeEngine
 from tiny import tiny_base
-from vault_tools import make_adapter, make_manifest
+from vault_tools import make_adapter, make_manifest, segment_files
 
 from oppu_ray.base_model import Base, load_base
 from oppu_ray.config import BaseConfig, Config, ServeConfig, TaskConfig
@@ -286,7 +286,7 @@ def test_own_items_and_nobody_elses_stand_in_the_prompt(replica: Replica) -> Non
 
 def test_a_damaged_history_is_told_and_harms_nobody_else(replica: Replica) -> None:
     replica.vault.append_history("ann", [Item("1", text="a", label="comedy")])
-    segment = replica.vault.user_folder(replica.vault.user_hash("ann")) / "history" / "000001.jsonl"
+    (segment,) = segment_files(replica.vault, "ann")
     segment.write_bytes(segment.read_bytes()[:-3] + b"xx\n")
     assert failure(replica, text=Item("", text="a"), top_k=1).code == "corrupt_history"
     assert answer(replica, "bob", Item("", text="a"), top_k=1)[0].items == ()

@@ -29,6 +29,7 @@ from vault_tools import (
     make_manifest,
     memory_folder,
     same,
+    segment_files,
     tree,
 )
 
@@ -36,7 +37,7 @@ from oppu_ray import vault as vault_module
 from oppu_ray.adapter_files import load_adapter
 from oppu_ray.core import AdapterState, Item
 from oppu_ray.registry import Refused, RegistryError, UserHash
-from oppu_ray.vault import CorruptError, Vault
+from oppu_ray.vault import CorruptError, DiskError, Vault
 
 KILL_ROUNDS = int(os.environ.get("OPPU_KILL_ROUNDS", "12"))
 
@@ -299,8 +300,8 @@ def test_another_users_files_in_ones_place_are_refused(either: Vault) -> None:
     for user in ("alice", "bob"):
         either.append_history(user, make_items("1", user))
         either.put_blob(user, "profile.txt", user.encode())
-    for name in ("history/000001.jsonl", "blobs/profile.txt"):
-        shutil.copy(*(either.user_folder(either.user_hash(user)) / name for user in ("bob", "alice")))
+    shutil.copy(*(segment_files(either, user)[0] for user in ("bob", "alice")))
+    shutil.copy(*(either.user_folder(either.user_hash(user)) / "blobs/profile.txt" for user in ("bob", "alice")))
     shutil.rmtree(folder_of(either, "alice", mine))
     shutil.copytree(folder_of(either, "bob", theirs), folder_of(either, "alice", mine))
     for read in (load, Vault.read_history):
@@ -387,7 +388,7 @@ def test_a_hash_is_taken_as_one_only_by_its_type(plain: Vault) -> None:
     with pytest.raises(ValueError, match="no such user"):
         load(plain, str(user_hash))  # a user whose id looks like Alice's hash is not Alice
     with pytest.raises(ValueError, match="64 hex digits"):
-        plain.read_history(UserHash("../../../etc"))
+        plain.get_blob(UserHash("../../../etc"), "profile.txt")
 
 
 def test_another_vault_gives_another_hash(tmp_path: Path) -> None:
@@ -420,7 +421,8 @@ def test_items_that_are_there_can_be_left_out_and_a_lost_lease_adds_none(vault: 
     assert vault.append_history("alice", make_items("2", "3"), skip_known=True, lease=lease) == 3
     assert vault.append_history("alice", make_items("1", "2"), skip_known=True, lease=lease) == 3
     assert [item.item_id for item in vault.read_history("alice")] == ["1", "2", "3"]
-    assert len(list((vault.user_folder(vault.user_hash("alice")) / "history").iterdir())) == 2
+    (segment,) = segment_files(vault, "alice")  # small appends are merged
+    assert list(segment.parent.iterdir()) == [segment]
     vault.registry.delete_user(vault.user_hash("alice"))
     with pytest.raises(Refused, match="the lease of job .* was lost"):
         vault.append_history("alice", make_items("4"), skip_known=True, lease=lease)
@@ -431,28 +433,29 @@ def test_items_that_are_there_can_be_left_out_and_a_lost_lease_adds_none(vault: 
 def test_what_is_written_while_its_user_is_forgotten_does_not_stay(
     either: Vault, monkeypatch: pytest.MonkeyPatch, has_lease: bool
 ) -> None:
-    """Forgetting comes when the writer has asked, and sees the files before they are there."""
-    rename, link = os.rename, os.link
-
-    def forget_first(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            either.registry.delete_user(alice)
-            return operation(*args)
-
-        return run
-
+    """The forgetting comes after the writer has begun, and before its file is in place."""
     alice = either.user_hash("alice")
     either.append_history("alice", make_items("1"))
     folder = either.user_folder(alice)
-    before = tree(folder)
-    monkeypatch.setattr("os.rename", forget_first(rename))
-    either.put_blob("alice", "profile.txt", b"canary")
-    either.put_blob("alice", "vectors.txt", b"canary")
+    before, generation, write = tree(folder), either.registry.generation(alice), vault_module.write_file
+
+    def forget_first(path: Path, data: bytes) -> None:
+        either.registry.delete_user(alice)
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vault_module, "write_file", forget_first)
+        with pytest.raises(Refused, match="forgotten meanwhile"):
+            either.put_blob("alice", "profile.txt", b"canary")
     assert tree(folder) == before and not either.registry.has_user(alice)
     either.add_users(["alice"])
+    with pytest.raises(Refused, match="forgotten meanwhile"):  # the user is there, but is not who was there before
+        either.put_blob("alice", "profile.txt", b"canary", generation)
+    with pytest.raises(Refused, match="forgotten meanwhile"):
+        either.append_history("alice", make_items("2"), generation=generation)
     lease = either.lease("alice", "job", 60) if has_lease else None
-    monkeypatch.setattr("os.link", forget_first(link))
-    with pytest.raises(Refused, match="was forgotten meanwhile"):
+    monkeypatch.setattr(vault_module, "write_file", forget_first)
+    with pytest.raises(Refused, match="forgotten meanwhile|was lost"):
         either.append_history("alice", make_items("2"), lease=lease)
     assert tree(folder) == before and not either.registry.has_user(alice)
 
@@ -501,27 +504,28 @@ def test_appends_at_once_lose_and_double_nothing(plain: Vault) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_segment_or_blob_is_an_error_and_never_part_of_an_answer(
-    either: Vault, damage: Callable[[Path], None]
+    either: Vault, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vault_module, "MERGE_ITEMS", 1)
     for number in range(3):
         either.append_history("alice", make_items(str(number)))
     either.put_blob("alice", "index.safetensors", b"0123456789")
     folder = either.user_folder(either.user_hash("alice"))
-    damage(folder / "history" / "000002.jsonl")
-    with pytest.raises(CorruptError, match="history"):
+    damage(segment_files(either, "alice")[1])
+    with pytest.raises(DiskError if damage is Path.unlink else CorruptError, match="history"):
         either.read_history("alice")
+    assert [item.item_id for item in either.read_history("alice", newest=1)] == ["2"]  # reads no more than it must
     if damage is not Path.unlink:  # an index that is gone is built anew
         damage(folder / "blobs" / "index.safetensors")
         with pytest.raises(CorruptError, match="index.safetensors"):
             either.get_blob("alice", "index.safetensors")
 
 
-def test_segments_cannot_change_places(either: Vault) -> None:
+def test_segments_cannot_change_places(either: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vault_module, "MERGE_ITEMS", 1)
     for number in range(2):
         either.append_history("alice", make_items(str(number)))
-    first, second = (
-        either.user_folder(either.user_hash("alice")) / "history" / name for name in ("000001.jsonl", "000002.jsonl")
-    )
+    first, second = segment_files(either, "alice")
     one, two = first.read_bytes(), second.read_bytes()
     first.write_bytes(two)
     second.write_bytes(one)

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from oppu_ray.core import AdapterState, Item
-from oppu_ray.vault import Manifest
+from oppu_ray.vault import Manifest, Vault
 
 BASE = "base-fingerprint-1"
 _KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
@@ -53,6 +53,12 @@ def make_items(*item_ids: str) -> list[Item]:
 
 def same(a: AdapterState, b: AdapterState) -> bool:
     return a.tensors.keys() == b.tensors.keys() and all(np.array_equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def segment_files(vault: Vault, user: str) -> list[Path]:
+    """The files of a user's history, in order."""
+    folder = vault.user_folder(vault.user_hash(user)) / "history"
+    return [folder / segment.name for segment in vault.history(user).segments]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
