@@ -97,6 +97,18 @@ def from_ring(total: np.ndarray) -> tuple[np.ndarray, float]:
     return values[:-1] / (values[-1] or 1.0), float(values[-1])
 
 
+def check_sum(total: np.ndarray, num: int) -> None:
+    """Refuse what no sum of `num` vectors of `to_ring` can be. Of random numbers, one in 2048 / `num` would pass.
+
+    Raises:
+        ValueError: A number of it is too large, or the weight is negative.
+    """
+    values = total.view(np.int64) / 2.0**FRACTION_BITS
+    largest = float(np.abs(values).max())
+    if largest > num * RING_LIMIT or values[-1] < 0:
+        raise ValueError(f"its largest number is {largest:g} and its weight {values[-1]:g}")
+
+
 def weighted_mean(updates: Sequence[Update]) -> np.ndarray:
     """[N] float64: the same bits in any order."""
     total = np.zeros(len(updates[0].delta_N) + 1, np.uint64)

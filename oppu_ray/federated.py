@@ -4,10 +4,12 @@ In: prepared users and a base. Out: the task adapter, what method "product" adds
 round: the server sends its adapter to the shards drawn for it; each trains a few steps with `train_pack` and answers
 with an update; the updates become the next adapter (`aggregation`), as sums only if asked (`secure`), under noise if
 asked (`privacy`). A client's side is `shards.Shard`, the server's `train_rounds`; messages are bytes and are counted.
+Every answer is checked once, where it arrives (`shard_answers`): what is wrong with it is a finding against the shard,
+and the round goes on without it as long as enough shards remain.
 
-The decision a reader would question: a round is a commit. Its state and its record are on disk before the next begins,
-and everything drawn at random comes from the run's seed, the round and the shard: whatever is killed, the rounds that
-follow have the same bits, as long as the same shards answer. Who answered is in the record.
+Design: a round is a commit. Its state and its record are on disk before the next begins, and everything drawn at random
+comes from the run's seed, the round and the shard: whatever is killed, the rounds that follow have the same bits, as
+long as the same shards answer. Who answered is in the record.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import random
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,10 +32,12 @@ from oppu_ray.aggregation import (
     Arrays,
     RoundState,
     Update,
+    check_sum,
     from_ring,
     moved,
     moved_by_products,
     screen,
+    trained_keys,
     trimmed_mean,
     weighted_mean,
 )
@@ -45,8 +49,18 @@ from oppu_ray.packing import plan_shards, user_seed
 from oppu_ray.prepared import Index
 from oppu_ray.privacy import epsilon
 from oppu_ray.progress import ClusterLost, Progress
-from oppu_ray.secure import PublicKeys, Revealed, unmask
-from oppu_ray.shards import Host, Message, quorum, read_message, read_state, write_message, write_state
+from oppu_ray.secure import Revealed, Unrecoverable, unmask
+from oppu_ray.shard_answers import (
+    Expected,
+    dealt_shares,
+    keys_of,
+    masked_update,
+    open_update,
+    public_keys,
+    read_answer,
+    revealed_shares,
+)
+from oppu_ray.shards import Host, Message, quorum, read_state, write_message, write_state
 from oppu_ray.training import attached
 from oppu_ray.workers import TASK_ADAPTER
 
@@ -107,14 +121,26 @@ class _TooFew(Exception):
 
 
 class _Round:
-    """One attempt at one round, as the server sees it."""
+    """One attempt at one round, as the server sees it.
 
-    def __init__(self, config: Config, state: RoundState, hosts: Hosts, record: RoundRecord):
-        self.config, self.state, self.hosts, self.record = config, state, hosts, record
+    Args:
+        barred: Shards whose part of an earlier attempt at this round made it fail: they are not asked again.
+    """
+
+    def __init__(self, config: Config, state: RoundState, hosts: Hosts, record: RoundRecord, barred: set[int]):
+        self.config, self.state, self.hosts, self.record, self.barred = config, state, hosts, record, barred
+        self.asked = [number for number in record.asked if number not in barred]
         self.min_shards = quorum(config.federated, len(record.asked))
+        keys = trained_keys(state.adapter, config.federated.method)
+        self.length = sum(state.adapter[key].size for key in keys)
 
     def run(self) -> RoundState:
-        """The next state. `_TooFew` if too few shards answer."""
+        """Compute the next state.
+
+        Raises:
+            _TooFew: Too few shards answered.
+            ClusterLost: The masked updates do not make a sum.
+        """
         if self.config.federated.secure:
             mean_N, self.record.weight = from_ring(self._secure_sum())
             if not self.record.weight:
@@ -129,7 +155,8 @@ class _Round:
 
     def _open(self) -> RoundState:
         federated, record = self.config.federated, self.record
-        answers = self._ask("train", {number: {} for number in record.asked}, write_state(self._sent()))
+        expected = open_update(self.length, np.float32)
+        answers = self._ask("train", {number: ({}, expected) for number in self.asked}, write_state(self._sent()))
         updates = [Update(number, arrays["delta"], head["weight"]) for number, (head, arrays) in answers.items()]
         counted, found = screen([update for update in updates if update.weight], federated)
         for number, reason in found.items():
@@ -138,7 +165,8 @@ class _Round:
         record.took_part = sorted(empty + [update.shard for update in counted])
         if not counted and not found:
             return self._unmoved()
-        if not counted or (federated.noise_multiplier and len(counted) < self.min_shards):  # each brings noise
+        # An update that no sum can hold is no answer; under noise each one brings its part of it.
+        if not counted or len(counted if federated.noise_multiplier else record.took_part) < self.min_shards:
             raise _TooFew
         updates = counted
         record.weight = sum(update.weight for update in updates)
@@ -151,55 +179,75 @@ class _Round:
 
     def _secure_sum(self) -> np.ndarray:
         attempt = {"attempt": secrets.token_hex(16)}
-        answers = self._ask("keys", {number: attempt for number in self.record.asked})
-        pairs = {number: [head["mask"], head["cipher"]] for number, (head, _) in answers.items()}
-        header = {**attempt, "peers": pairs, "threshold": self.min_shards}
-        answers = self._ask("shares", {number: header for number in answers})
-        shares = {number: head["shares"] for number, (head, _) in answers.items()}
-        headers = {
-            number: {
-                **attempt,
-                "inbox": {sender: own[str(number)] for sender, own in shares.items()},
-            }
-            for number in shares
-        }
-        answers = self._ask("train", headers, write_state(self._sent()))
-        stayed = sorted(answers)
-        total = np.zeros_like(answers[stayed[0]][1]["masked"])
+        answers = self._ask("keys", {number: (attempt, public_keys()) for number in self.asked})
+        keys = {number: keys_of(header) for number, (header, _) in answers.items()}
+        peers = {number: [key.hex() for key in astuple(own)] for number, own in keys.items()}
+        asking = {**attempt, "peers": peers, "threshold": self.min_shards}
+        answers = self._ask("shares", {number: (asking, dealt_shares(keys)) for number in keys})
+        dealt = {number: header["shares"] for number, (header, _) in answers.items()}
+        inboxes = {number: {dealer: own[number].hex() for dealer, own in dealt.items()} for number in dealt}
+        expected = masked_update(self.length)
+        answers = self._ask(
+            "train",
+            {number: ({**attempt, "inbox": inbox}, expected) for number, inbox in inboxes.items()},
+            write_state(self._sent()),
+        )
+        self.record.took_part = stayed = sorted(answers)
+        left = sorted(dealt.keys() - answers.keys())
+        total = np.zeros(self.length + 2, np.uint64)
         for _, arrays in answers.values():
             total += arrays["masked"]
-        answers = self._ask("reveal", {number: {**attempt, "stayed": stayed} for number in stayed})
-        revealed = {
-            number: Revealed(
-                *({int(of): bytes.fromhex(s) for of, s in head[kind].items()} for kind in ("seeds", "keys"))
-            )
-            for number, (head, _) in answers.items()
-        }
-        self.record.took_part = stayed
-        keys = {number: PublicKeys(*map(bytes.fromhex, pair)) for number, pair in pairs.items()}
-        left = sorted(shares.keys() - set(stayed))
-        return unmask(total, stayed, left, keys, revealed, self.min_shards, attempt["attempt"].encode())
+        asking = {**attempt, "stayed": stayed}
+        answers = self._ask(
+            "reveal", {number: (asking, revealed_shares(number, stayed, left, dealt)) for number in stayed}
+        )
+        revealed = {number: Revealed(**header) for number, (header, _) in answers.items()}
+        for number, own in revealed.items():
+            if unopened := sorted(dealer for dealer, share in (own.seeds | own.keys).items() if not share):
+                self._found(number, f"could not open what the shards {unopened} dealt to it")
+        try:
+            total = unmask(total, stayed, left, keys, revealed, self.min_shards, attempt["attempt"].encode())
+        except Unrecoverable as error:
+            for number, reason in error.reasons.items():
+                self._found(number, reason)
+            self.barred.update(error.reasons)
+            raise _TooFew from error
+        try:
+            check_sum(total, len(stayed))
+        except ValueError as error:
+            # Trying without one shard after another would tell, but give away updates as differences of two sums.
+            raise ClusterLost(
+                f"round {self.state.num_rounds}: the masked updates of the shards {stayed} do not make a sum ({error});"
+                " one of them is not masked as was agreed, and only single updates could tell which"
+            ) from error
+        return total
 
     def _sent(self) -> RoundState:
         return replace(self.state, mean={}, square={})
 
-    def _ask(self, method: str, headers: Mapping[int, Mapping[str, Any]], shared: bytes = b"") -> dict[int, Message]:
-        """Ask, count the bytes, and note who did not answer."""
-        messages = {number: write_message(header, {}) for number, header in headers.items()}
+    def _ask(
+        self, method: str, questions: Mapping[int, tuple[Mapping[str, Any], Expected]], shared: bytes = b""
+    ) -> dict[int, Message]:
+        """Ask, count the bytes, and note whose answer is missing or not as expected.
+
+        Raises:
+            _TooFew: Fewer answers are left than must be.
+        """
+        messages = {number: write_message(header, {}) for number, (header, _) in questions.items()}
         replies, missing = self.hosts.ask(method, messages, shared)
         up, down = self.record.bytes_up, self.record.bytes_down
-        for number, message in messages.items():
-            down[number] = down.get(number, 0) + len(message) + len(shared)
-        for number, reason in missing.items():
-            self._found(number, reason)
         answers = {}
-        for number in sorted(replies):
-            up[number] = up.get(number, 0) + len(replies[number])
-            header, arrays = read_message(replies[number])
-            if "error" in header:
-                self._found(number, header["error"])
-            else:
-                answers[number] = header, arrays
+        for number, (_, expected) in sorted(questions.items()):
+            down[number] = down.get(number, 0) + len(messages[number]) + len(shared)
+            if number not in replies:
+                self._found(number, missing.get(number, "did not answer"))
+                continue
+            reply = replies[number]
+            try:
+                answers[number] = read_answer(reply, expected)
+            except ValueError as error:
+                self._found(number, str(error))
+            up[number] = up.get(number, 0) + (len(reply) if isinstance(reply, bytes) else 0)
         if len(answers) < self.min_shards:
             raise _TooFew
         return answers
@@ -263,7 +311,8 @@ def train_rounds(
 
     Raises:
         ValueError: The config does not fit, or shards' training breaks down.
-        ClusterLost: Too few shards answered, `MAX_TRIES` times over. Earlier rounds are kept.
+        ClusterLost: Too few shards answered, `MAX_TRIES` times over, or masked updates made no sum. Earlier rounds are
+            kept, and the same command goes on from them.
     """
     shards = plan_base_shards(config, index)
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,17 +335,25 @@ def train_rounds(
 
 
 def _run_round(config: Config, state: RoundState, hosts: Hosts) -> tuple[RoundState, RoundRecord]:
+    """The next state and the round's record; nothing is written.
+
+    Raises:
+        ClusterLost: As `train_rounds`.
+    """
     started = time.monotonic()
     record = RoundRecord(state.num_rounds, draw_shards(config, state.num_rounds))
+    barred = set[int]()
     while True:
         try:
-            after = _Round(config, state, hosts, record).run()
+            after = _Round(config, state, hosts, record, barred).run()
             record.elapsed_s = time.monotonic() - started
             return after, record
         except _TooFew:
-            if record.num_tries == MAX_TRIES:
+            if record.num_tries >= MAX_TRIES + len(barred):
                 found = "; ".join(f"shard {number}: {reason}" for number, reason in sorted(record.found.items()))
-                raise ClusterLost(f"round {state.num_rounds} had too few answers {MAX_TRIES} times: {found}") from None
+                raise ClusterLost(
+                    f"round {state.num_rounds} had too few answers {record.num_tries} times: {found}"
+                ) from None
             record.num_tries += 1
 
 

@@ -70,8 +70,8 @@ class ActorHosts:
                 number = asked.pop(reply)
                 try:
                     replies[number] = ray.get(reply)
-                except exceptions.RayTaskError as error:
-                    raise error.cause from None
+                except exceptions.RayTaskError as error:  # `Host.ask` answers errors, so its process is not in order
+                    missing[number] = f"failed ({type(error.cause).__name__})"
                 except exceptions.RayError as error:
                     if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
                         raise ValueError(f"shard {number} cannot start: {error}") from error

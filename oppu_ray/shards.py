@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
 
@@ -55,9 +56,19 @@ def write_message(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
 
 
 def read_message(content: bytes) -> Message:
-    """The inverse of `write_message`."""
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"]), load(content)
+    """The inverse of `write_message`.
+
+    Raises:
+        ValueError: It is no such message.
+    """
+    try:
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"])
+        if not isinstance(header, dict):
+            raise TypeError(f"its header is a {type(header).__name__}")
+        return header, load(content)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{len(content)} bytes that are no message: {type(error).__name__}") from error
 
 
 def write_state(state: RoundState) -> bytes:
@@ -270,11 +281,11 @@ class Host:
 
     def ask(self, number: int, method: str, message: bytes, shared: bytes) -> bytes:
         """Call `Shard.<method>`; what goes wrong in it is an answer with `error`."""
-        asked, _ = read_message(message)
         try:
+            asked, _ = read_message(message)
             answer = getattr(self.shards[number], method)(asked, read_state(shared) if shared else None)
+            return write_message(*answer)
         except ValueError as error:
-            answer = {"error": str(error)}, {}
+            return write_message({"error": str(error)}, {})
         except Exception as error:  # out of memory, say: the round goes on without this shard
-            answer = {"error": reason_of(error)}, {}
-        return write_message(*answer)
+            return write_message({"error": reason_of(error)}, {})

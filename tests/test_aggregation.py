@@ -11,6 +11,7 @@ from oppu_ray.aggregation import (
     RoundState,
     Update,
     best_factors,
+    check_sum,
     cut_rank,
     flatten,
     from_ring,
@@ -55,6 +56,18 @@ def test_the_mean_has_the_same_bits_in_any_order_and_is_the_weighted_one() -> No
     expected = np.average([u.delta_N for u in updates], axis=0, weights=[u.weight for u in updates])
     assert np.abs(mean - expected).max() < 1e-9
     assert from_ring(to_ring(updates[1].delta_N, 101.0))[1] == 101.0
+
+
+def test_random_numbers_are_no_sum_of_updates() -> None:
+    parts = [to_ring(update.delta_N, update.weight) for update in honest(5)]
+    total = np.sum(parts, axis=0, dtype=np.uint64)
+    check_sum(total, 5)
+    check_sum(total * np.uint64(0), 5)
+    drawn = np.random.default_rng(0).integers(0, 2**64, total.shape, np.uint64)
+    with pytest.raises(ValueError, match="its largest number is"):
+        check_sum(drawn, 5)
+    with pytest.raises(ValueError, match="its weight -"):
+        check_sum(np.negative(total), 5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**28])

@@ -279,7 +279,7 @@ def test_no_text_leaves_a_shard_and_its_bytes_are_counted(
     for _, _, reply in replies:
         header, _ = read_message(reply)
         assert CANARY.encode() not in reply and tokens not in reply and b"film" not in reply
-        assert header.keys() <= {"loss", "weight", "mask", "cipher", "shares", "seeds", "keys"}
+        assert header.keys() <= {"loss", "weight", "mask", "cipher", "seed", "shares", "seeds", "keys"}
         if "noise_multiplier" in changes:
             assert header.get("loss", 0.0) == 0.0
     counted = {int(n): sum(record["bytes_up"][n] for record in records) for n in records[0]["bytes_up"]}

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 import pytest
 
-from oppu_ray.secure import Party, Revealed, join_shares, share_secret, unmask
+from oppu_ray.secure import Party, Revealed, Unrecoverable, check_public_key, join_shares, share_secret, unmask
 
 CONTEXT = b"attempt 1"
 NUM, THRESHOLD, LENGTH = 8, 6, 50
@@ -110,19 +110,33 @@ def test_what_a_party_refuses() -> None:
     inbox = {sender: own[0] for sender, own in shares.items()}
     with pytest.raises(ValueError, match=r"shares of \[0, 1\]; expected 6 of its peers"):
         everyone[0].mask(vectors()[0], {sender: inbox[sender] for sender in (0, 1)})
-    with pytest.raises(ValueError, match="the shares from party 3 were changed on the way"):
-        everyone[0].mask(vectors()[0], {**inbox, 3: inbox[3][:-1] + bytes([inbox[3][-1] ^ 1])})
-    with pytest.raises(ValueError, match="the shares from party 3 were changed on the way"):
-        everyone[0].mask(vectors()[0], {**inbox, 3: shares[3][1]})  # meant for another
 
 
-def test_shares_of_an_earlier_attempt_do_not_open() -> None:
-    old = parties()
-    keys = {n: party.public_keys() for n, party in old.items()}
-    shares = {n: party.share(keys, THRESHOLD) for n, party in old.items()}
-    old[0].context = b"attempt 2"
-    with pytest.raises(ValueError, match="were changed on the way"):
-        old[0].mask(vectors()[0], {sender: own[0] for sender, own in shares.items()})
+@pytest.mark.parametrize("kind", ["last byte", "digest", "for another", "earlier attempt"])
+def test_shares_that_are_not_what_was_dealt_are_not_held(kind: str) -> None:
+    everyone = parties()
+    keys = {n: party.public_keys() for n, party in everyone.items()}
+    shares = {n: party.share(keys, THRESHOLD) for n, party in everyone.items()}
+    inbox = {sender: own[0] for sender, own in shares.items()}
+    if kind == "last byte":
+        inbox[3] = inbox[3][:-1] + bytes([inbox[3][-1] ^ 1])
+    elif kind == "digest":
+        inbox[3] = bytes([inbox[3][0] ^ 1]) + inbox[3][1:]
+    elif kind == "for another":
+        inbox[3] = shares[3][1]
+    else:
+        earlier = Party(3, b"attempt 0")
+        inbox[3] = earlier.share({**keys, 3: earlier.public_keys()}, THRESHOLD)[0]
+    everyone[0].mask(vectors()[0], inbox)
+    revealed = everyone[0].reveal(range(NUM))
+    assert [dealer for dealer, share in revealed.seeds.items() if not share] == [3]
+
+
+def test_a_public_key_of_low_order_is_refused() -> None:
+    for key in (bytes(32), b"\x01" + bytes(31)):
+        with pytest.raises(ValueError, match="is of low order"):
+            check_public_key(key)
+    check_public_key(Party(0, CONTEXT).public_keys().mask)
 
 
 def test_a_secret_needs_as_many_shares_as_the_threshold() -> None:
@@ -136,11 +150,15 @@ def test_a_secret_needs_as_many_shares_as_the_threshold() -> None:
         join_shares({n: shares[n] for n in (0, 1)}, 2)
 
 
-def test_false_shares_of_a_key_are_found() -> None:
+def test_shares_of_another_secret_than_was_committed_to_are_found_for_all_at_once() -> None:
     everyone = parties()
     keys = {n: party.public_keys() for n, party in everyone.items()}
     false = share_secret(bytes(31) + b"\x07", range(NUM), THRESHOLD)
-    seeds = {of: share_secret(bytes(32), range(NUM), THRESHOLD) for of in range(1, NUM)}
+    seeds = {of: share_secret(everyone[of]._seed, range(NUM), THRESHOLD) for of in range(1, NUM)}
+    seeds[4], seeds[5] = false, dict.fromkeys(range(NUM), b"")
     revealed = {n: Revealed({of: own[n] for of, own in seeds.items()}, {0: false[n]}) for n in range(1, NUM)}
-    with pytest.raises(ValueError, match="party 0's key do not fit its public key"):
+    with pytest.raises(Unrecoverable) as raised:
         unmask(np.zeros(LENGTH, np.uint64), range(1, NUM), [0], keys, revealed, THRESHOLD, CONTEXT)
+    reason = "its shares do not make the secret that it committed to"
+    few = "0 of its shares could be opened; expected at least 6"
+    assert raised.value.reasons == {0: reason, 4: reason, 5: few}

@@ -43,6 +43,10 @@ class FaultyHost(RayHost):
             fault.unlink()
             if action == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if action == "raise":
+                raise KeyError(number)
+            if action == "nonsense":
+                return None  # type: ignore[return-value]
             until((self.folder / "go").exists)
         return super().ask(number, method, message, shared)
 
@@ -90,6 +94,17 @@ def test_actors_have_the_bits_of_one_process_and_a_dead_one_joins_the_next_round
     assert all(np.array_equal(inline[key], actors[key]) for key in inline)
     for one, other in zip(records, same_records, strict=True):
         assert {**one, "elapsed_s": 0} == {**other, "elapsed_s": 0}
+
+
+def test_an_actor_that_raises_or_answers_nonsense_is_left_out_and_joins_the_next_round(
+    config: Config, folder: Path
+) -> None:
+    (folder / "0-1").write_text("raise")
+    (folder / "1-2").write_text("nonsense")
+    _, records = rounds(config, folder)
+    assert [record["took_part"] for record in records] == [[0, 2, 3], [0, 1, 3], [0, 1, 2, 3]]
+    found = [{"1": "failed (KeyError)"}, {"2": "its answer is a NoneType; expected bytes"}, {}]
+    assert [record["found"] for record in records] == found
 
 
 def test_a_late_shard_is_left_out_and_asked_again_when_it_has_answered_and_waited_for_if_needed(
