@@ -53,7 +53,7 @@ soak: $(READY)
 	$(BIN)/python -m jobs.soak
 
 bench: $(READY)
-	$(BIN)/python -m jobs.bench_train
+	$(BIN)/oppu bench train
 
 # A Ray head on this machine, with dashboard, jobs and token; see `oppu submit`.
 cluster: $(READY)

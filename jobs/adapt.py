@@ -1,4 +1,4 @@
-"""The `adapt` stage as a job: `ray job submit --working-dir . -- python -m jobs.adapt jobs/configs/demo.yaml`."""
+"""The `adapt` stage as a job: `ray job submit --working-dir . -- python -m jobs.adapt demo`."""
 
 import sys
 

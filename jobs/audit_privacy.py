@@ -1,6 +1,6 @@
 """Membership inference: can an item's loss tell whether an adapter was trained on it? Prints a table.
 
-    python -m jobs.audit_privacy jobs/configs/movie_tagging.yaml data.path=users.jsonl.gz
+    python -m jobs.audit_privacy movie_tagging data.path=users.jsonl.gz
 
 Takes a run whose `adapt` and `train` are done, with the same overrides. An attacker (Yeom et al. 2018) calls an item a
 member where the adapted model's loss is low; AUC 0.5 is a coin, 1.0 is certainty. Of a personal adapter, members are
@@ -22,6 +22,7 @@ import numpy as np
 from oppu_ray.adapters import peft_from_dict
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config, StudyConfig, load_config, located, to_dict
+from oppu_ray.configs import find_config
 from oppu_ray.core import AdapterState, Example, UserHistory
 from oppu_ray.files import write_atomic
 from oppu_ray.inference import Engine
@@ -36,7 +37,7 @@ MAX_ITEMS = 500
 
 
 def main() -> None:
-    config = located(load_config(Path(sys.argv[1]), sys.argv[2:]))
+    config = located(load_config(find_config(sys.argv[1]), sys.argv[2:]))
     rows = {"task adapter": audit_task(config), "personal adapters": audit_personal(config)}
     print(f"{'':18} {'members':>8} {'others':>8} {'AUC':>6} {'without adapter':>16} {'by the difference':>18}")
     for name, row in rows.items():

@@ -1,4 +1,4 @@
-"""The `evaluate` stage as a job: `ray job submit --working-dir . -- python -m jobs.evaluate jobs/configs/demo.yaml`."""
+"""The `evaluate` stage as a job: `ray job submit --working-dir . -- python -m jobs.evaluate demo`."""
 
 import sys
 

@@ -31,6 +31,7 @@ from typing import Any
 from oppu_ray import archive, vault
 from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, encode_adapter, load_adapter
 from oppu_ray.config import BaseConfig, DataConfig, TaskConfig, load_config
+from oppu_ray.configs import find_config
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import Receipt, read_receipt
 from oppu_ray.history import load_histories, read_items
@@ -148,7 +149,7 @@ def doors(folder: Path) -> dict[str, Door]:
 
 
 def config_door(folder: Path) -> Door:
-    samples = [path.read_bytes() for path in sorted(Path("jobs/configs").glob("*.yaml"))]
+    samples = [path.read_bytes() for path in sorted(find_config("demo").parent.glob("*.yaml"))]
     samples.append(
         b"a: &a [x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\ntask: {labels: *b}\n"
     )

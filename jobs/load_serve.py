@@ -1,4 +1,4 @@
-"""Load on a running service, and its memory meanwhile: `python -m jobs.load_serve jobs/configs/demo.yaml --minutes 10`.
+"""Load on a running service, and its memory meanwhile: `python -m jobs.load_serve demo --minutes 10`.
 
 In: the run that `oppu serve` serves on this machine, with the same overrides. Out: latencies, errors and the growth of
 the replicas' memory, in `<run_dir>/load_serve/result.json`. Each client asks for one user after another, by every arm;
@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 
 from oppu_ray.config import Config, load_config, to_dict
+from oppu_ray.configs import find_config
 from oppu_ray.core import Item
 from oppu_ray.files import write_atomic
 from oppu_ray.machine import hardware
@@ -45,7 +46,7 @@ class Asked:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=find_config)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)

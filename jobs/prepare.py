@@ -1,4 +1,4 @@
-"""The `prepare` stage as a job: `ray job submit --working-dir . -- python -m jobs.prepare jobs/configs/demo.yaml`."""
+"""The `prepare` stage as a job: `ray job submit --working-dir . -- python -m jobs.prepare demo`."""
 
 import sys
 

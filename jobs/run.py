@@ -1,4 +1,4 @@
-"""The whole line as a job: `ray job submit --working-dir . -- python -m jobs.run jobs/configs/demo.yaml`."""
+"""The whole line as a job: `ray job submit --working-dir . -- python -m jobs.run demo`."""
 
 import sys
 

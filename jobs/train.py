@@ -1,4 +1,4 @@
-"""The `train` stage as a job: `ray job submit --working-dir . -- python -m jobs.train jobs/configs/demo.yaml`."""
+"""The `train` stage as a job: `ray job submit --working-dir . -- python -m jobs.train demo`."""
 
 import sys
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from oppu_ray import users
+from oppu_ray import __version__, users
 from oppu_ray.config import load_config, located, to_dict
+from oppu_ray.configs import find_config
 from oppu_ray.progress import ClusterLost, Interrupted, format_status, read_status
 
 STAGES = {
@@ -25,7 +26,6 @@ STAGES = {
     "evaluate": "answer the targets' later items by every arm and compare",
     "run": "prepare, adapt, train and evaluate",
 }
-DEMO = Path(__file__).resolve().parents[1] / "jobs" / "configs" / "demo.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,31 +35,32 @@ def main(arguments: list[str] | None = None) -> int:
     found something; 2 bad input; 3 interrupted and 4 cluster lost: run the same again to continue.
     """
     parser = argparse.ArgumentParser(prog="oppu", description="One PEFT Per User: a personal adapter for everyone.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == "evaluate":
             command.add_argument("--suite", metavar="NAME", help="all runs of a suite: paper, tune, or a YAML file")
-        command.add_argument("config", type=Path, nargs="?", help="YAML file, e.g. jobs/configs/demo.yaml")
+        command.add_argument("config", nargs="?", help="YAML file, or the name of an installed config, e.g. demo")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. personal.epochs=5")
     page = commands.add_parser("report", help="what runs and suites show, as a page with plots")
     page.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of an evaluated run, or of a suite")
     page.add_argument("--out", type=Path, help="default: report/ in the first folder")
     demo = commands.add_parser("demo", help="the whole line on embedded real chats")
     demo.add_argument("overrides", nargs="*", metavar="key=value")
-    bench = commands.add_parser("bench", help="speed against the alternatives (from a checkout)")
+    bench = commands.add_parser("bench", help="speed against the alternatives")
     bench.add_argument("what", choices=["train", "serve"])
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="see python -m jobs.bench_train --help, or bench_serve")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="see oppu bench train --help, or serve")
     plan = commands.add_parser("plan", help="time, balance, disk and cost of a run, before it is run")
-    plan.add_argument("--config", type=Path, help="plan a prepared run's users instead of simulated ones")
+    plan.add_argument("--config", help="plan a prepared run's users instead of simulated ones")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. users=1000000 workers=256")
     status = commands.add_parser("status", help="how far a run is; needs no Ray")
-    status.add_argument("run", type=Path, help="the run's folder, or its YAML file")
+    status.add_argument("run", help="the run's folder, its YAML file or the name of an installed config")
     status.add_argument("overrides", nargs="*", metavar="key=value")
     status.add_argument("--watch", action="store_true", help="again every 2 s until the stage has ended")
     job = commands.add_parser("submit", help="run a stage as a job of a Ray cluster, and follow it")
     job.add_argument("stage", choices=STAGES)
-    job.add_argument("config", type=Path)
+    job.add_argument("config", help="YAML file, or the name of an installed config")
     job.add_argument("overrides", nargs="*", metavar="key=value")
     job.add_argument("--address", help="of the dashboard; default $RAY_API_SERVER_ADDRESS, or this machine")
     job.add_argument("--no-wait", action="store_true", help="do not follow the job's log")
@@ -67,47 +68,44 @@ def main(arguments: list[str] | None = None) -> int:
     cluster.add_argument("what", choices=["start", "stop"])
     cluster.add_argument("--port", type=int, default=6379)
     cluster.add_argument("--dashboard-port", type=int, default=8265)
-    server = commands.add_parser("serve", help="answer a trained run's users over HTTP (from a checkout)")
-    server.add_argument("config", type=Path, help="YAML file of the run, e.g. jobs/configs/demo.yaml")
+    server = commands.add_parser("serve", help="answer a trained run's users over HTTP")
+    server.add_argument("config", help="the run's YAML file, or the name of an installed config, e.g. demo")
     server.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. serve.port=8001")
     commands.add_parser("doctor", help="what is installed, what is missing, how to get it")
     users.add_parsers(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command == "bench":
-            return subprocess.call(
-                [sys.executable, "-m", f"jobs.bench_{options.what}", *options.rest], cwd=DEMO.parents[2]
-            )
+            return subprocess.call([sys.executable, "-m", f"oppu_ray.bench.{options.what}", *options.rest])
         if options.command in ("users", "token"):
             return users.main(options)
         if options.command == "serve":
-            sys.path.insert(0, str(DEMO.parents[2]))  # serve/ is part of the checkout, not of the package
             from serve.run import run as serve_run
 
-            serve_run(options.config, options.overrides)
+            serve_run(find_config(options.config), options.overrides)
             return 0
         if options.command == "doctor":
             return _doctor()
         if options.command == "plan":
-            return _plan(options.config, options.overrides)
+            return _plan(options.config and find_config(options.config), options.overrides)
         if options.command == "demo":
-            return run_stage("run", DEMO, options.overrides)
+            return run_stage("run", find_config("demo"), options.overrides)
         if options.command == "submit":
             from oppu_ray.submit import submit
 
-            return submit(options.stage, options.config, options.overrides, options.address, not options.no_wait)
+            path = find_config(options.config)
+            return submit(options.stage, path, options.overrides, options.address, not options.no_wait)
         if options.command == "cluster":
             return _cluster(options.what, options.port, options.dashboard_port)
         if options.command == "report":
             return _report(options.folders, options.out or options.folders[0] / "report")
         if options.command == "evaluate" and options.suite:
-            overrides = [str(options.config)] * (options.config is not None) + options.overrides
-            return _suite(options.suite, overrides)
+            return _suite(options.suite, [*filter(None, [options.config]), *options.overrides])
         if options.command == "status":
             return _status(options.run, options.overrides, options.watch)
         if options.config is None:
-            parser.error(f"{options.command}: expected a YAML file, e.g. jobs/configs/demo.yaml")
-        return run_stage(options.command, options.config, options.overrides)
+            parser.error(f"{options.command}: expected a YAML file or the name of an installed config, e.g. demo")
+        return run_stage(options.command, find_config(options.config), options.overrides)
     except ValueError as error:
         print(f"oppu: {error}", file=sys.stderr)
         return 2
@@ -142,8 +140,7 @@ def _suite(name: str, overrides: list[str]) -> int:
     from oppu_ray.suite import run_suite
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    path = Path(name) if name.endswith((".yaml", ".yml")) else DEMO.parent / "suites" / f"{name}.yaml"
-    return 1 if run_suite(path, overrides)["num_to_retry"] else 0
+    return 1 if run_suite(find_config(name, kind="suites"), overrides)["num_to_retry"] else 0
 
 
 def _report(folders: list[Path], out: Path) -> int:
@@ -163,13 +160,15 @@ def _cluster(what: str, port: int, dashboard_port: int) -> int:
         print("stopped" if stop_head() else "there is no head that was started here")
         return 0
     url = start_head(port, dashboard_port)
-    print(f"dashboard {url} (token in {private_token()}); `oppu submit run jobs/configs/demo.yaml` runs a job on it")
+    print(f"dashboard {url} (token in {private_token()}); `oppu submit run demo` runs a job on it")
     return 0
 
 
-def _status(run: Path, overrides: list[str], watch: bool) -> int:
+def _status(run: str, overrides: list[str], watch: bool) -> int:
     """`oppu status`."""
-    folder = run if run.is_dir() else Path(located(load_config(run, overrides)).run_dir)
+    folder = Path(run)
+    if not folder.is_dir():
+        folder = Path(located(load_config(find_config(run), overrides)).run_dir)
     while True:
         status = read_status(folder)
         print(format_status(status), flush=True)

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from oppu_ray.files import oppu_home, write_atomic
 from oppu_ray.machine import cpu_flags
 
 logger = logging.getLogger(__name__)
-SOURCES = Path(__file__).with_name("cpp")
+SOURCES = Path(str(files("oppu_ray"))) / "cpp"
 # Without jump threading: it turns the clamps of an exponential into cases, and a vector then computes each of them.
 EXACT = ("-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", *EXACT, "-shared", "-fPIC")

@@ -6,7 +6,7 @@ somebody else cannot be found, whatever else goes wrong. A retriever does not ch
 
 A reader might question asking FAISS for all n scores of a user rather than the best k. Equal items must rank the newer
 first in training and in answering, FAISS breaks ties at rank k by its own layout, and n is small: at 50 items of 384
-dimensions all scores cost a few microseconds (`jobs/bench_retrieval.py`).
+dimensions all scores cost a few microseconds (`jobs/bench/retrieval.py`).
 
 Legend: N items, D dimensions.
 """

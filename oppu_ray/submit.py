@@ -29,7 +29,6 @@ from oppu_ray.config import load_config, located, to_dict
 from oppu_ray.files import oppu_home, write_atomic
 from oppu_ray.progress import ClusterLost
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 DASHBOARD_PORT = 8265
 START_S, STOP_S = 180.0, 30.0
 
@@ -75,8 +74,6 @@ def start_head(port: int, dashboard_port: int) -> str:
         "RAY_AUTH_MODE": "token",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "2",
         "OPPU_ROOT": str(Path.cwd()),
-        # `serve deploy` sends no code along, and what is installed is `oppu_ray` alone, without `serve`.
-        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     with open(state.with_suffix(".log"), "wb") as log:

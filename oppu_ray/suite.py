@@ -21,6 +21,7 @@ from typing import Any
 
 from oppu_ray import stages
 from oppu_ray.config import Config, load_as, load_config, located, to_dict
+from oppu_ray.configs import find_config
 from oppu_ray.evaluation import parse_arm
 from oppu_ray.files import write_atomic
 from oppu_ray.findings import MAIN
@@ -35,7 +36,7 @@ class SuiteSet:
     """One data set.
 
     Args:
-        config: A run's YAML, relative to the suite's; its stem is the set's name.
+        config: An installed config's name, or a YAML file relative to the suite's; its stem is the set's name.
         data: The histories, relative to the suite's `data_root`; "" leaves what the config says.
         overrides: For every unit of this set, after the suite's own.
         studies: Those whose variants run on this set.
@@ -117,7 +118,7 @@ def _unit(suite: Suite, folder: Path, one: SuiteSet, seed: int, variant: Variant
     place = f"{one.name}/seed{seed}/{variant.study}-{variant.name}" if variant else main
     of_seed = suite.seed_overrides if seed != suite.seeds[0] else ()
     overrides = [*suite.overrides, *one.overrides, *of_seed, *(variant.overrides if variant else ())]
-    config = load_config(folder / one.config, overrides)
+    config = load_config(find_config(one.config, folder), overrides)
     shares = variant is not None and all(override.startswith(PERSONAL_KEYS) for override in variant.overrides)
     data = config.data
     if one.data:

@@ -1,1 +1,1 @@
-"""The Ray Serve application: run from a checkout, by `oppu serve CONFIG` or `serve deploy serve/config.yaml`."""
+"""The Ray Serve application: started by `oppu serve CONFIG` or `serve deploy serve/config.yaml`."""

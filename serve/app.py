@@ -11,6 +11,7 @@ token, and only steers which replica has the adapter resident.
 
 import asyncio
 import logging
+import os
 import urllib.request
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
@@ -27,19 +28,24 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
 
 from oppu_ray.config import Config, from_dict, load_config, located, to_dict
+from oppu_ray.configs import find_config
 from oppu_ray.telemetry import SERVING_METRICS
 from oppu_ray.vault import open_vault
 from serve.guard import RETRY_AFTER_S
 from serve.messages import Ask, Event, Failed, Refresh
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
 DRAIN_S = 10.0
 """What a replica has beyond the longest deadline to end what it does, when it is replaced."""
 
 
 class ServeArgs(BaseModel):
-    """`config` is the run's YAML, relative to the checkout; `overrides` are `dotted.key=value`, as for `oppu`."""
+    """What to serve.
+
+    Args:
+        config: The name of an installed config, or the run's YAML file; a relative path is taken from `$OPPU_ROOT`.
+        overrides: `dotted.key=value`, as for `oppu`.
+    """
 
     config: str
     overrides: list[str] = []
@@ -51,7 +57,8 @@ def build_app(args: ServeArgs) -> serve.Application:
     Raises:
         ValueError: The config is wrong, or the run has no task base yet.
     """
-    return application(located(load_config(ROOT / args.config, args.overrides)))
+    path = find_config(args.config, Path(os.environ.get("OPPU_ROOT", "")))
+    return application(located(load_config(path, args.overrides)))
 
 
 def application(config: Config) -> serve.Application:

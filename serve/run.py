@@ -20,7 +20,7 @@ from ray import serve
 
 from oppu_ray.config import ServeConfig, load_config, located
 from oppu_ray.submit import private_token
-from serve.app import ROOT, application
+from serve.app import application
 
 
 def run(path: Path, overrides: Sequence[str]) -> None:
@@ -35,7 +35,6 @@ def run(path: Path, overrides: Sequence[str]) -> None:
     _check_port(options)
     # Room for all replicas twice, since a new version's start before the old ones stop, and for the trainer.
     num_cpus = max(os.cpu_count() or 1, int(2 * options.max_replicas * options.cpus_per_replica) + 2)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     private_token()
     ray.init(
         "local",
@@ -43,7 +42,6 @@ def run(path: Path, overrides: Sequence[str]) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has its own
         signal.signal(number, lambda *_: stopped.set())

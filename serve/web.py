@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from serve.api import router
 from serve.guard import Guard, add_error_handlers, signed_in
 from serve.messages import Backend
 
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(str(files("serve"))) / "static"
 
 
 def create_web(backend: Backend, config: Config, count: Callable[[str, int], None]) -> FastAPI:

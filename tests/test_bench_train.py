@@ -11,8 +11,8 @@ import pytest
 from line_tools import tagging_user, write_config, write_users
 from tiny import tiny_base
 
-from jobs import bench_train
-from jobs.peers.work import User, batches, read_work
+from oppu_ray.bench import train as bench_train
+from oppu_ray.bench.peers.work import User, batches, read_work
 from oppu_ray.config import load_config
 from oppu_ray.training import learning_rate
 
@@ -127,7 +127,10 @@ def test_a_peer_with_an_interpreter_gets_a_row_and_one_without_a_way_to_install_
     monkeypatch.setattr(bench_train, "best_product", lambda device, dtype: 1e9)
     interpreter = tmp_path / "python"
     answer = json.dumps({**result(2.0), "losses": {"user-0": 1.0, "user-1": 2.0}, "note": "a stand-in"})
-    interpreter.write_text(f"#!/bin/sh\ntest \"$1 $2\" = '-m jobs.peers.mlora' && test -f \"$3\" && echo '{answer}'\n")
+    interpreter.write_text(
+        f'#!/bin/sh\ntest "$1 $2" = \'-m peers.mlora\' && test -f "$PYTHONPATH/peers/mlora.py" -a -f "$3" '
+        f"&& echo '{answer}'\n"
+    )
     interpreter.chmod(0o755)
     out = tmp_path / "train.json"
     arguments = [str(config_path), "--users", "2", "--steps", "1", "--repeats", "1", "--out", str(out)]

@@ -12,8 +12,9 @@ import yaml
 from line_tools import chat_user, oppu, run_dir, write_config, write_users
 
 from oppu_ray import cli
-from oppu_ray.cli import DEMO, STAGES, main
+from oppu_ray.cli import STAGES, main
 from oppu_ray.config import from_dict, load_config
+from oppu_ray.configs import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +87,8 @@ def test_the_demo_is_the_whole_line_on_the_demo_config(monkeypatch: pytest.Monke
     called: list[object] = []
     monkeypatch.setattr(cli, "run_stage", lambda *arguments: called.append(arguments) or 0)
     assert main(["demo", "seed=1"]) == 0
-    assert called == [("run", DEMO, ["seed=1"])] and load_config(DEMO).run_dir == "runs/demo"
+    demo = find_config("demo")
+    assert called == [("run", demo, ["seed=1"])] and load_config(demo).run_dir == "runs/demo"
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "run"])
@@ -105,3 +107,17 @@ def test_a_job_does_what_the_subcommand_does(config: Path) -> None:
     assert (result["command"], result["config"]["seed"], result["num_target_users"]) == ("prepare", 5, 2)
     failed = job("sead=5")
     assert failed.returncode == 2 and "unknown key 'sead'" in failed.stderr
+
+
+def test_a_config_is_an_installed_ones_name_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo = find_config("demo")
+    assert load_config(demo).run_dir == "runs/demo" and find_config("tune", kind="suites").parent.parent == demo.parent
+    assert find_config("run.yaml", tmp_path) == tmp_path / "run.yaml" and find_config("/a/run") == Path("/a/run")
+    with pytest.raises(ValueError, match=r"config 'own': expected a YAML file or the name of an installed one \(aan_"):
+        find_config("own")
+    Path("own").write_text("seed: 1")
+    assert load_config(find_config("own")).seed == 1
+    assert [find_config(path) for path in ("demo.yml", "../demo")] == [Path("demo.yml"), Path("../demo")]
+    with pytest.raises(ValueError, match="did you mean 'demo'"):
+        find_config("demmo")

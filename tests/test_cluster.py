@@ -26,6 +26,7 @@ from vault_tools import empty_postgres
 from oppu_ray import __version__
 from oppu_ray.cli import STAGES
 from oppu_ray.config import load_config
+from oppu_ray.configs import find_config
 from oppu_ray.registry import Registry
 from oppu_ray.telemetry import SERVING_METRICS, TRAINING_METRICS
 
@@ -149,7 +150,7 @@ def test_the_job_runs_a_command_of_this_repository_on_a_config_of_it() -> None:
     spec = read("kuberay/rayjob.yaml")["spec"]
     program, command, path, *overrides = shlex.split(spec["entrypoint"])
     assert program == "oppu" and command in STAGES
-    config = load_config(Path(path.replace(IMAGE_ROOT, str(ROOT))), overrides)
+    config = load_config(find_config(path), overrides)
     cpus = spec["rayClusterSpec"]["workerGroupSpecs"][0]
     num_cpus = cpus["replicas"] * int(cpus["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert config.workers.num_workers * config.workers.cpus_per_worker + spec["entrypointNumCpus"] <= num_cpus
@@ -165,8 +166,7 @@ def test_serve_configs_fit_serves_schema_and_import_our_application() -> None:
         schema = ServeDeploySchema.model_validate(values)
         (application,) = schema.applications
         assert application.import_path == "serve.app:build_app" and application.route_prefix == "/"
-        path = application.args["config"].replace(IMAGE_ROOT, str(ROOT))
-        configs.append(load_config(ROOT / path, application.args.get("overrides", [])))
+        configs.append(load_config(find_config(application.args["config"]), application.args.get("overrides", [])))
     assert configs[0].vault.registry_url == "postgresql://"
     assert configs[0].serve.min_replicas == configs[0].serve.max_replicas == 2
     assert on_kubernetes["http_options"] == {"host": "0.0.0.0", "port": 8000, "request_timeout_s": 120}

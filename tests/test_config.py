@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from oppu_ray.config import PRESETS, Config, from_dict, load_config, to_dict
+from oppu_ray.configs import find_config
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "jobs" / "configs").glob("*.yaml"))
+CONFIGS = sorted(find_config("demo").parent.glob("*.yaml"))
 
 
 @pytest.fixture

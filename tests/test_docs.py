@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("cluster", "oppu_ray", "jobs", "serve", "tests", ".ci")
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "Makefile", ".ci/run", "cluster/README.md")),
-    *sorted((ROOT / "jobs").rglob("*.yaml")),
-    *sorted((ROOT / "jobs").glob("*.py")),
+    *sorted((ROOT / "oppu_ray").rglob("*.yaml")),
+    *sorted((ROOT / "jobs").rglob("*.py")),
+    *sorted((ROOT / "oppu_ray" / "bench").glob("*.py")),
 ]
 BY_NAME = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -29,6 +29,7 @@ from starlette.testclient import TestClient
 from tiny import tiny_base
 
 from oppu_ray.config import Config, load_config
+from oppu_ray.configs import find_config
 from oppu_ray.core import UserDone
 from oppu_ray.vault import Vault, open_vault
 from serve import trainer
@@ -194,7 +195,7 @@ def test_the_serve_config_is_one_and_keeps_to_this_machine() -> None:
     assert schema.http_options.host == "127.0.0.1"
     (application,) = schema.applications
     assert application.import_path == "serve.app:build_app"
-    assert (ROOT / ServeArgs.model_validate(application.args).config).is_file()
+    assert find_config(ServeArgs.model_validate(application.args).config).is_file()
     # Serve passes what it reads from the annotation; were it a string, the builder would get a plain dict.
     assert inspect.signature(build_app).parameters["args"].annotation is ServeArgs
 

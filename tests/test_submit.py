@@ -19,7 +19,6 @@ import pytest
 from line_tools import adapters, oppu, run_dir, tagging_user, write_config, write_users
 from tiny import tiny_base
 
-from oppu_ray import submit
 from oppu_ray.config import Config, DataConfig, located
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,23 +97,6 @@ def test_the_whole_line_as_a_job(outside: Oppu, inline: Path, tmp_path: Path) ->
     assert outside("cluster", "stop").stdout == "stopped\n"
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(outside.url + "/api/gcs_healthz")  # type: ignore[attr-defined]
-
-
-def test_a_head_finds_the_application_that_serve_deploy_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, str] = {}
-
-    def start(command: list[str], *, env: dict[str, str], **_: object) -> None:
-        seen.update(env)
-        raise InterruptedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", start)
-        patch.setenv("OPPU_HOME", str(tmp_path))
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-        patch.delenv("PYTHONPATH", raising=False)
-        with pytest.raises(InterruptedError):
-            submit.start_head(0, 0)
-    subprocess.run([sys.executable, "-c", "import serve.messages"], cwd=tmp_path, env=seen, check=True)
 
 
 def test_relative_paths_start_where_the_job_was_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from tiny import tiny_base
 
 from oppu_ray import stages
 from oppu_ray.cli import main
+from oppu_ray.configs import find_config
 from oppu_ray.suite import is_done, load_suite
 from oppu_ray.vault import Vault
 
-CONFIGS = Path(__file__).resolve().parents[1] / "jobs" / "configs"
 USERS = [tagging_user(i, num_items=8) for i in range(4)] + [tagging_user(i, role="base") for i in (8, 9)]
 
 
@@ -192,7 +192,7 @@ def test_the_report_reads_a_suite(suite: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["paper", "tune"])
 def test_the_shipped_suites_are_whole(name: str) -> None:
-    suite, units = load_suite(CONFIGS / "suites" / f"{name}.yaml", ["data_root=/data"])
+    suite, units = load_suite(find_config(name, kind="suites"), ["data_root=/data"])
     assert len({unit.folder for unit in units}) == len(units)
     assert all(Path(unit.config.data.path).parts[:2] == ("/", "data") for unit in units)
     assert {variant.study for variant in suite.variants} == {study for one in suite.sets for study in one.studies}

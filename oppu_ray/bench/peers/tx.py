@@ -1,11 +1,11 @@
 """SkyRL-tx's row of the training benchmark: its JAX Llama with stacked LoRA, all adapters of a batch in one forward.
 
-    TX_PYTHON -m jobs.peers.tx WORK
+    TX_PYTHON -m peers.tx WORK
 
-Reads the work file of `jobs.bench_train`, prints one line of JSON. The loop around its model is ours, and kinder than
+Reads the work file of `bench.train`, prints one line of JSON. The loop around its model is ours, and kinder than
 its engine: only the linears that our adapters train carry LoRA (the engine computes all of them, and the embedding),
 and one jitted AdamW moves all slots (the engine runs one over the whole bank for every user). Compiling is not timed.
-Install: INSTALL in `jobs.bench_train`.
+Install: INSTALL in `bench.train`.
 """
 
 from __future__ import annotations

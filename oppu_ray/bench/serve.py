@@ -1,10 +1,10 @@
 """Serving speed against the alternatives: the same adapters, prompts and lengths, in one run on one machine.
 
-    python -m jobs.bench_serve jobs/configs/demo.yaml --repeats 3
+    oppu bench serve demo --repeats 3
 
 Systems: `base_only`, `ours_1`, `ours_8`, `ours_32` (32 rows of one engine wearing no, 1, 8 or 32 adapters, in turn),
 `peft_mixed` (HF PEFT's `generate` with `adapter_names`), `peft_swap` (`set_adapter` and one row at a time), `vllm_32`
-and `vllm_base_only` (`jobs/peers/vllm.py`, where its interpreter is given). Then users drawn at random from 1 to 2,000
+and `vllm_base_only` (`peers/vllm.py`, where its interpreter is given). Then users drawn at random from 1 to 2,000
 for 32 slots: `closed_<users>` are 32 clients who ask again when answered, `open_<users>` ask at their own pace,
 at 60 % of the rate of `closed_32`. Adapters come from a vault of 10,000 registered users; `cold` is what a user who is
 not resident waits for beyond a resident one. Prompts are random tokens and no answer ends early. All systems compute in
@@ -30,6 +30,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oppu_ray.bench import peer_environment
+from oppu_ray.configs import find_config
+
 if TYPE_CHECKING:
     from oppu_ray.adapters import FittedAdapter
 
@@ -44,7 +47,7 @@ VLLM_LEFT_OUT = """vllm left out: give --vllm-python PATH or OPPU_VLLM_PYTHON, a
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=Path("jobs/configs/demo.yaml"))
+    parser.add_argument("config", type=find_config, nargs="?", default="demo", help="YAML file, or a name")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -70,14 +73,18 @@ def compare(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_adapters(options, folder)
-        ours = [sys.executable, "-m", "jobs.bench_serve", *sys.argv[1:], "--run"]
-        commands = [[*ours, "ours", name], [*ours, "peft", name]]
+        ours = [sys.executable, "-m", "oppu_ray.bench.serve", *sys.argv[1:], "--run"]
+        commands: list[tuple[list[str], dict[str, str] | None]] = [
+            ([*ours, "ours", name], None),
+            ([*ours, "peft", name], None),
+        ]
         if options.vllm_python:
-            commands.append([options.vllm_python, "-m", "jobs.peers.vllm", str(folder / "vllm.json")])
+            vllm = [options.vllm_python, "-m", "peers.vllm", str(folder / "vllm.json")]
+            commands.append((vllm, peer_environment()))
         else:
             print(VLLM_LEFT_OUT)
-        for command in commands:
-            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        for command, environment in commands:
+            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             rows |= json.loads(next(line for line in answer.stdout.splitlines() if line.startswith("{")))
     answers = {system: row.pop("answers") for system, row in rows.items() if "answers" in row}
     result = {

@@ -1,6 +1,6 @@
 """What the peers' scripts share: the work file in, one line of JSON out.
 
-The file is `jobs.bench_train.make_work`'s. A step's rows are cut into batches of similar length, as for PEFT's mixed
+The file is `bench.train.make_work`'s. A step's rows are cut into batches of similar length, as for PEFT's mixed
 batch, so that no trainer pads more than it must; of 16 rows, since 32 movie-tag rows took mLoRA over 13 GB and 16 take
 9. Needs NumPy and safetensors only.
 """
@@ -74,7 +74,7 @@ def batches(users: list[User], step: int) -> list[list[Row]]:
 
 
 def print_result(elapsed_s: float, bookkeeping_s: float, losses: dict[str, float], note: str) -> None:
-    """What `jobs.bench_train.run_system` returns for the other rows, and a `note` on what was unlike."""
+    """What `bench.train.run_system` returns for the other rows, and a `note` on what was unlike."""
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {"elapsed_s": elapsed_s, "bookkeeping_s": bookkeeping_s, "losses": losses, "peak_bytes": peak}
     print(json.dumps({**result, "note": note}))

@@ -1,6 +1,6 @@
 """Measures retrieval: dense queries per second, past-only BM25 against rebuilding, and memory. Prints one JSON.
 
-    python jobs/bench_retrieval.py [--users 2000 --items 50 --queries 100000 --dimensions 384 ...]
+    python -m jobs.bench.retrieval [--users 2000 --items 50 --queries 100000 --dimensions 384 ...]
 
 Histories are synthetic: words by Zipf's law, random unit vectors. The peer is rank_bm25 (a development dependency),
 rebuilt for every item from the items before it as the OPPU reference does; both sides answer the same queries and their

@@ -1,6 +1,6 @@
 """Measures the vault: looking up a user among many, loading and verifying an adapter, committing one. Prints one JSON.
 
-    python -m jobs.bench_vault [--users 100000 --repeats 200 --folder runs]
+    python -m jobs.bench.vault [--users 100000 --repeats 200 --folder runs]
 
 The adapter is a 1 MiB LoRA. Vaults are made in a temporary folder below `--folder`, whose disk is then measured.
 """

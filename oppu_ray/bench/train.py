@@ -1,10 +1,10 @@
 """Training speed against the alternatives, on the same users, steps and starting weights, each in its own process.
 
-    python -m jobs.bench_train jobs/configs/movie_tagging.yaml data.path=users.jsonl.gz --users 32 --steps 2 --repeats 3
+    oppu bench train movie_tagging data.path=users.jsonl.gz --users 32 --steps 2 --repeats 3
 
 Systems: `peft_sequential` (HF PEFT user by user, as the paper's loop; `bookkeeping_s` apart), `peft_mixed` (one PEFT
 model with all adapters, `adapter_names` per row, eval mode), both also with our allocator's settings, which no user of
-PEFT has (`..._tuned`), `mlora` and `skyrl_tx` (`jobs/peers/`, on CPU, where an interpreter that has them is given),
+PEFT has (`..._tuned`), `mlora` and `skyrl_tx` (`peers/`, on CPU, where an interpreter that has them is given),
 `ours_unshared` (no prefix sharing), `ours`, and `ours_one_user` (for memory). The floor is 4 P FLOP per useful token, P
 the parameters in matrix products, at the best matrix product that this machine reaches in the same run. Useful tokens
 count what a user's step shares once; their share is of all tokens that a system gave to the model, padding included.
@@ -28,7 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-PEERS = {"mlora": "jobs.peers.mlora", "skyrl_tx": "jobs.peers.tx"}
+from oppu_ray.bench import peer_environment
+from oppu_ray.configs import find_config
+
+PEERS = {"mlora": "peers.mlora", "skyrl_tx": "peers.tx"}
 INSTALL = {
     "mlora": """mlora left out: give --mlora-python PATH or OPPU_MLORA_PYTHON, an interpreter made by
     python3.12 -m venv mlora && mlora/bin/pip install torch==2.13.0 'transformers>=5.19,<6' tensorboard safetensors
@@ -45,7 +48,7 @@ MIXED_BYTES = 64  # rows of a mixed batch times bytes of a number: 32 rows in 16
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=Path("jobs/configs/demo.yaml"))
+    parser.add_argument("config", type=find_config, nargs="?", default="demo", help="YAML file, or a name")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2)
@@ -81,10 +84,12 @@ def compare(options: argparse.Namespace) -> int:
         work_path.write_text(json.dumps(work))
         for repeat in range(options.repeats):
             for system in runs:
-                run = [sys.executable, "-m", "jobs.bench_train", str(options.config), "--run", system, str(work_path)]
                 if system in PEERS:
                     run = [interpreters[system], "-m", PEERS[system], str(work_path)]
-                runs[system].append(run_process(run))
+                    runs[system].append(run_process(run, peer_environment()))
+                else:
+                    ours = [sys.executable, "-m", "oppu_ray.bench.train", str(options.config)]
+                    runs[system].append(run_process([*ours, "--run", system, str(work_path)]))
                 print(f"{repeat + 1}/{options.repeats} {system}: {runs[system][-1]['elapsed_s']:.1f} s", flush=True)
     flops = best_product(options.device, config.base.dtype)
     rows = {system: summarise_runs(results, work["users"]) for system, results in runs.items()}
@@ -113,13 +118,13 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_process(command: list[str]) -> dict[str, Any]:
+def run_process(command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
     """What the command prints last, as JSON.
 
     Raises:
         RuntimeError: It failed; with the end of its own error text.
     """
-    answer = subprocess.run(command, capture_output=True, text=True)
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     if answer.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {answer.returncode}:\n{answer.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])

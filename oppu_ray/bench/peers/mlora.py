@@ -1,11 +1,11 @@
 r"""mLoRA's row of the training benchmark: its Llama and its LoRA operator, all adapters of a batch in one forward.
 
-    MLORA_PYTHON -m jobs.peers.mlora WORK
+    MLORA_PYTHON -m peers.mlora WORK
 
-Reads the work file of `jobs.bench_train`, prints one line of JSON. mLoRA's training script stops without CUDA and reads
+Reads the work file of `bench.train`, prints one line of JSON. mLoRA's training script stops without CUDA and reads
 raw text, so this is its model in a loop of ours: dispatching, tokenising and saving are not part of its time. Nor is
 recomputing activations, which its executor always does: it is faster without.
-Install: INSTALL in `jobs.bench_train`. mLoRA 0.2 is written for Python 3.12 and torch 2.2; what differs today is set
+Install: INSTALL in `bench.train`. mLoRA 0.2 is written for Python 3.12 and torch 2.2; what differs today is set
 right before it is imported. Python 3.11 does too, with pip's --ignore-requires-python and then
 `perl -0pi -e 's/\{\n\s+/{/g'` on its model/llm/model_llama.py, whose f-strings go over lines.
 """

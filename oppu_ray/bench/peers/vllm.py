@@ -1,6 +1,6 @@
 """vLLM's row of the serving benchmark: its own LoRA batching, 32 rows with an adapter each, or with none.
 
-    VLLM_PYTHON -m jobs.peers.vllm WORK
+    VLLM_PYTHON -m peers.vllm WORK
 
 Reads one JSON (base, adapters, prompts, num_new, repeats), prints one line of JSON: tokens a second of whole answers,
 the rate of decoding alone (from the difference to one-token answers), and the same for the base alone.

@@ -1,6 +1,6 @@
 """What Ray costs: the same packs inline and on one Ray worker, and the base's memory with one and with two workers.
 
-    python -m jobs.bench_ray jobs/configs/demo.yaml --packs 3 --repeats 3
+    python -m jobs.bench.ray demo --packs 3 --repeats 3
 
 Wants a config that is prepared and adapted. The first pack warms up (the base is opened, kernels are compiled) and is
 not timed. Memory is the proportional share (PSS) of the base's file in each worker, plus parameters that are no longer
@@ -22,6 +22,7 @@ from typing import Any
 import ray
 
 from oppu_ray.config import Config, load_config, located, to_dict
+from oppu_ray.configs import find_config
 from oppu_ray.files import write_atomic
 from oppu_ray.machine import hardware
 from oppu_ray.packing import plan_packs
@@ -97,7 +98,7 @@ def measure_base(config: Config, task_base: Path) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", default=Path("jobs/configs/demo.yaml"))
+    parser.add_argument("config", type=find_config, nargs="?", default="demo")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--packs", type=int, default=3, help="the first is not timed")
     parser.add_argument("--repeats", type=int, default=3)
