@@ -39,6 +39,9 @@ _KEYS_OF_KIND = {
     "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads",
                       "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"},
 }  # fmt: skip
+_DEFAULTS = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+"""PEFT's defaults of all other options that are not null, false, zero or empty."""
+
 _FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16
 
 
@@ -71,11 +74,14 @@ def encode_adapter(adapter: AdapterState, where: str) -> dict[str, bytes]:
     kind = _check_kind(adapter.peft_config, where)
     if not adapter.peft_config.get("base_model_name_or_path"):
         raise ValueError(f"{where}: peft_config has no 'base_model_name_or_path'; expected the base's hub id or folder")
-    try:
-        config = _peft_config_class(kind)(**{**adapter.peft_config, "task_type": "CAUSAL_LM", "inference_mode": True})
-    except TypeError as error:
-        raise ValueError(f"{where}: peft_config has a key that PEFT does not know: {error}") from error
-    peft_config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    config = adapter.peft_config
+    if not (config.get("peft_version") and config.get("task_type") == "CAUSAL_LM" and config.get("inference_mode")):
+        try:  # one that was read from a file of ours has all this, and does without PEFT
+            made = _peft_config_class(kind)(**{**config, "task_type": "CAUSAL_LM", "inference_mode": True})
+        except TypeError as error:
+            raise ValueError(f"{where}: peft_config has a key that PEFT does not know: {error}") from error
+        config = made.to_dict()
+    peft_config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     check_adapter(AdapterState(adapter.tensors, peft_config), where)
     tensors = {key: np.ascontiguousarray(tensor) for key, tensor in adapter.tensors.items()}
     return {
@@ -199,7 +205,8 @@ def matches_target(module: str, target_modules: Names) -> bool:
 
 
 def _peft_config_class(kind: str) -> Any:
-    # Imported here: PEFT brings torch along, and `oppu doctor` reads this package where either may be missing.
+    # Imported here: PEFT brings torch along, which takes seconds, and `oppu doctor` reads this package where either may
+    # be missing.
     from peft import IA3Config, LoraConfig, PromptTuningConfig
 
     return {"LORA": LoraConfig, "IA3": IA3Config, "PROMPT_TUNING": PromptTuningConfig}[kind]
@@ -220,10 +227,12 @@ def _check_kind(config: Mapping[str, Any], where: str) -> str:
 
 def _check_options(config: Mapping[str, Any], kind: str, where: str) -> None:
     """An option we do not know must stand at PEFT's default: any other value would change what the tensors mean."""
-    defaults = _defaults(kind)
     for key in config.keys() - _COMMON_KEYS - _KEYS_OF_KIND[kind]:
-        if config[key] != defaults.get(key) and (config[key] or defaults.get(key)):
-            raise ValueError(f"{where}: {key} is {config[key]!r}; expected PEFT's default {defaults.get(key)!r}")
+        default = _DEFAULTS.get(key)
+        if config[key] != default and (config[key] or default):
+            default = _defaults(kind).get(key)  # another version of PEFT may have another
+            if config[key] != default and (config[key] or default):
+                raise ValueError(f"{where}: {key} is {config[key]!r}; expected PEFT's default {default!r}")
     if kind == "PROMPT_TUNING":
         _check_count(config, "num_virtual_tokens", where)
         return

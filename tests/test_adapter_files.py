@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,21 @@ def test_saved_equals_loaded_and_bytes_repeat(tmp_path: Path) -> None:
     for key, tensor in adapter.tensors.items():
         assert loaded.tensors[key].dtype == np.float32 and np.array_equal(loaded.tensors[key], tensor)
     assert loaded.peft_config["target_modules"] == ["q_proj", "v_proj"] and loaded.peft_config["r"] == 2
+
+
+def test_an_adapter_read_from_a_file_is_checked_and_written_again_without_peft(tmp_path: Path) -> None:
+    """Importing PEFT takes seconds of a process that serves."""
+    save_adapter(tmp_path / "a", small_lora())
+    code = f"""
+import sys
+from pathlib import Path
+from oppu_ray.adapter_files import encode_adapter, load_adapter
+files = encode_adapter(load_adapter(Path({str(tmp_path / "a")!r})), "here")
+assert all((Path({str(tmp_path / "a")!r}) / name).read_bytes() == data for name, data in files.items())
+print(sorted({{"peft", "torch"}} & sys.modules.keys()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
 
 
 def test_a_config_straight_from_peft_is_taken(tmp_path: Path) -> None:
