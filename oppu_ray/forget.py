@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from oppu_ray.core import UserHistory
 from oppu_ray.prepared import INDEX_NAME, USERS_NAME, Keep, forget_prepared, read_index, read_users
-from oppu_ray.registry import HistoryChanged, UserHash, Version
+from oppu_ray.registry import HistoryChanged, Refused, UserHash, Version
 from oppu_ray.vault import (
     CorruptError,
     Vault,
@@ -114,18 +114,14 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
     user_hash, items = vault.user_hash(user), frozenset(item_ids)
     hashes = {item: vault.item_hash(user_hash, item) for item in sorted(items)}
     folder = vault.user_folder(user_hash)
+    if unknown := _unknown_items(vault, user_hash, hashes, folders):
+        raise ValueError(f"user {user_hash[:12]}: has no item {min(unknown)!r}")
     with vault.alone(), disk_errors(user_hash, "forget items of"):
         rows = vault.registry.versions(user_hash)
         seen = {row.version: _items_of(vault, row) for row in rows}
-        held = vault.read_history(UserHash(user_hash))
-        known = {item.item_id for item in held}.union(*(ids for ids in seen.values() if ids))
-        prepared = [user for top in folders for _, user in _prepared(vault, user_hash, top)]
-        known |= {item.item_id for user in prepared for item in (*user.items, *user.queries)}
-        done = {item for body in vault.registry.receipts(user_hash) for item in read_receipt(body).items}
-        begun = _forgotten(vault, user_hash)[1].get(user_hash, set()) - done
-        if unknown := [item for item in hashes if item not in known and hashes[item] not in begun]:
-            raise ValueError(f"user {user_hash[:12]}: has no item {unknown[0]!r}")
-        _speaking(vault, user_hash, folders, items.__contains__)  # for what cannot be read: before anything goes
+        begun = _begun(vault, user_hash)
+        vault.read_history(UserHash(user_hash))  # raises for what cannot be read, as does the next: nothing is gone yet
+        _speaking(vault, user_hash, folders, items.__contains__)
         gone = {version for version, ids in seen.items() if ids is None or ids & items}
         before = _inventory(vault, user_hash)
         step(vault.registry.delete_versions, user_hash, gone, list(hashes.values()))
@@ -148,6 +144,33 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
             gone or begun.intersection(hashes.values())
         )  # in a call that was cut short they went, too
         return _receipt(vault, user_hash, tuple(sorted(hashes.values())), before, removed, needs_training)
+
+
+def _unknown_items(vault: Vault, user_hash: str, hashes: dict[str, str], folders: Sequence[Path]) -> set[str]:
+    """Which items are nowhere. The cheap places come first: a known item is found there.
+
+    Args:
+        hashes: Item id to its keyed hash.
+    """
+    left = set(hashes)
+    with suppress(Refused):  # no such user in the vault
+        held = vault.item_keys(vault.history(UserHash(user_hash)))
+        left = {item for item in left if vault.item_key(user_hash, item) not in held}
+    for row in vault.registry.versions(user_hash) if left else ():
+        left -= _items_of(vault, row) or set()
+    if left:
+        begun = _begun(vault, user_hash)
+        left = {item for item in left if hashes[item] not in begun}
+    for top in folders if left else ():
+        for _, user in _prepared(vault, user_hash, top):
+            left -= {item.item_id for item in (*user.items, *user.queries)}
+    return left
+
+
+def _begun(vault: Vault, user_hash: str) -> set[str]:
+    """Keyed hashes of the items whose forgetting was begun, and has no receipt: a crash came between."""
+    done = {item for body in vault.registry.receipts(user_hash) for item in read_receipt(body).items}
+    return _forgotten(vault, user_hash)[1].get(user_hash, set()) - done
 
 
 def without_forgotten(vault: Vault) -> Keep:

@@ -151,6 +151,29 @@ def test_forgetting_no_one_is_an_error(vault: Vault) -> None:
     assert vault.verify() == [] and len(vault.read_history("alice")) == 3
 
 
+def test_an_unknown_item_is_refused_without_waiting_for_who_forgets_or_reading_the_run(
+    vault: Vault, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals: list[str] = []
+
+    def refuse() -> None:
+        with pytest.raises(ValueError) as refusal:
+            forget_items(vault, "alice", ["7"], [runs])
+        refusals.append(str(refusal.value))
+
+    monkeypatch.setattr("oppu_ray.forget._speaking", None)  # which reads every file
+    with vault.alone():
+        asking = threading.Thread(target=refuse, daemon=True)
+        asking.start()
+        asking.join(30)
+        assert refusals == [f"user {vault.user_hash('alice')[:12]}: has no item '7'"]
+    monkeypatch.undo()
+    monkeypatch.setattr("oppu_ray.forget._prepared", None)  # which reads the index of all users
+    with pytest.raises(TypeError):
+        forget_items(vault, "alice", ["7"], [runs])
+    assert forget_items(vault, "alice", ["3"]).items, "a known item is found in the registry's list"
+
+
 def test_a_job_that_is_training_a_forgotten_user_cannot_bring_them_back(vault: Vault) -> None:
     lease = vault.lease("alice", "job", 60)
     receipt = forget_user(vault, "alice")
