@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, encode_adapter
+from oppu_ray.core import InputError
 from oppu_ray.vault import (
     BLOB_NAME,
     COMMIT_TTL_S,
@@ -50,7 +51,7 @@ def export_user(vault: Vault, user: str, path: Path) -> None:
     """
     user_hash = vault.user_hash(user)
     if not vault.registry.has_user(user_hash):
-        raise ValueError(f"user {user_hash[:12]}: no such user")
+        raise InputError(f"user {user_hash[:12]}: no such user")
     entries = {HISTORY_NAME: encode_items(vault.read_history(user_hash))}
     for name in vault.blob_names(user_hash):
         entries[BLOBS + name] = vault.read_framed(user_hash, f"blobs/{name}")

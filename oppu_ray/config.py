@@ -577,6 +577,10 @@ def _convert(kind: Any, value: Any, source: str, at: str) -> Any:
     if kind is str:
         if not isinstance(value, str | int | float):
             raise wrong
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{source}: {at}: a lone surrogate in {reprlib.repr(value)}; expected Unicode") from None
         return str(value)
     if kind is int and isinstance(value, int):
         return value  # not by way of float, which would round a large seed

@@ -1,17 +1,37 @@
 """The nouns of the line: what crosses from one file to the next.
 
-Frozen dataclasses only; no behaviour beyond a few derived counts. See DESIGN in the README for the line itself:
-raw file -> UserHistory -> TrainingPair -> Example -> Pack -> TrainResult -> adapter on disk -> Answer.
+Frozen dataclasses and the error for bad input; no behaviour beyond a few derived counts. See DESIGN in the README for
+the line itself: raw file -> UserHistory -> TrainingPair -> Example -> Pack -> TrainResult -> adapter on disk -> Answer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from oppu_ray.config import PeftConfig
+
+MAX_LOGPROBS = 20
+"""Most alternatives per token that a `Request` may ask for."""
+
+
+class InputError(ValueError):
+    """What the caller gave is wrong.
+
+    Its text is about that input and nothing else, so an HTTP client may read it. The text of any other error may hold
+    a path or another user's id, and is never sent.
+    """
+
+
+def check_unicode(where: str, texts: Iterable[str]) -> None:
+    """Raise InputError if a text has a lone surrogate: it has no bytes in UTF-8, and tokenizers refuse it."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: a lone surrogate in its text ({error.reason}); expected Unicode") from error
 
 
 @dataclass(frozen=True)

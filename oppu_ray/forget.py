@@ -29,7 +29,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from oppu_ray.core import UserHistory
+from oppu_ray.core import InputError, UserHistory, check_unicode
 from oppu_ray.prepared import INDEX_NAME, USERS_NAME, Keep, forget_prepared, read_index, read_users
 from oppu_ray.registry import HistoryChanged, Refused, UserHash, Version
 from oppu_ray.vault import (
@@ -88,7 +88,7 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
         is_spoken_of = _speaking(vault, user_hash, folders, None)  # asked of all, as it also fails before anything goes
         is_known = vault.registry.has_user(user_hash) or folder.exists() or user_hash in _forgotten(vault, user_hash)[0]
         if not (is_known or is_spoken_of):
-            raise ValueError(f"user {user_hash[:12]}: no such user")
+            raise InputError(f"user {user_hash[:12]}: no such user")
         before = _inventory(vault, user_hash)
         step(vault.registry.delete_user, user_hash)
         if key.exists():
@@ -112,10 +112,11 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
         ValueError: No such user or item, the history is corrupt, or a file could not be removed.
     """
     user_hash, items = vault.user_hash(user), frozenset(item_ids)
+    check_unicode(f"user {user_hash[:12]}: item ids", items)
     hashes = {item: vault.item_hash(user_hash, item) for item in sorted(items)}
     folder = vault.user_folder(user_hash)
     if unknown := _unknown_items(vault, user_hash, hashes, folders):
-        raise ValueError(f"user {user_hash[:12]}: has no item {min(unknown)!r}")
+        raise InputError(f"user {user_hash[:12]}: has no item {min(unknown)!r}")
     with vault.alone(), disk_errors(user_hash, "forget items of"):
         rows = vault.registry.versions(user_hash)
         seen = {row.version: _items_of(vault, row) for row in rows}

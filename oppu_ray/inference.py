@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from oppu_ray.adapters import AdapterBank, FittedAdapter
 from oppu_ray.answer_text import AnswerText
 from oppu_ray.config import PeftConfig
-from oppu_ray.core import AdapterState, Answer, Example, Request, TokenEvent
+from oppu_ray.core import MAX_LOGPROBS, AdapterState, Answer, Example, InputError, Request, TokenEvent
 from oppu_ray.kernels import pack_linears, token_losses
 from oppu_ray.kv_cache import DecodePlan, Fill, KVCache, Resumed
 from oppu_ray.packing import Row, build_stream, make_rows, plan_passes, virtual_tokens
@@ -33,7 +33,6 @@ from oppu_ray.slots import AdapterSlots, Key
 from oppu_ray.training import HEAD_CHUNK, head_logits
 
 BASE_SLOT = -1
-MAX_LOGPROBS = 20
 NOBODY = ("", "")  # the key of a request to the base alone without a user: nothing of it is kept
 
 
@@ -178,8 +177,8 @@ class Engine:
         self._waiting.append(_Answering(request, adapter, text, random.Random(request.seed)))
 
     def _check(self, request: Request, num_virtual: int) -> None:
-        def refuse(what: str) -> ValueError:
-            return ValueError(f"request {request.request_id!r}: {what}")
+        def refuse(what: str) -> InputError:
+            return InputError(f"request {request.request_id!r}: {what}")
 
         if any(one.request.request_id == request.request_id for one in (*self._waiting, *self._rows)):
             raise refuse("this id is already under way")

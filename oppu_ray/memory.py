@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from oppu_ray.config import Config
-from oppu_ray.core import Item, Prompt, TrainingPair, UserHistory
+from oppu_ray.core import Item, Prompt, TrainingPair, UserHistory, check_unicode
 from oppu_ray.embedding import load_embedder
 from oppu_ray.packing import user_seed
 from oppu_ray.profiles import Profile, is_stale, profile_from_json, profile_prompt, profile_to_json, write_profile
@@ -186,7 +186,13 @@ class Memories:
 
     def _stored_profile(self, user: UserHistory) -> Profile | None:
         data = self._read(user.user_id, self._profile_name)
-        return None if data is None else profile_from_json(data.decode())
+        try:
+            profile = None if data is None else profile_from_json(data.decode())
+            check_unicode("profile", [profile.text] if profile else [])
+            return profile
+        except ValueError:  # from an archive; the error is not logged, it quotes the text
+            log.warning("stored profile is not a profile: written again")
+            return None
 
     def _generation(self, user_id: str) -> int | None:
         """The user's generation, or None if they are not in the vault: then nothing is kept of them."""

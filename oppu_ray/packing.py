@@ -23,7 +23,7 @@ from torch import Tensor
 from oppu_ray.attention import SegmentPlan, plan_segments
 from oppu_ray.attention_groups import Segment
 from oppu_ray.config import PeftConfig, TrainConfig
-from oppu_ray.core import Example, Pack, Prompt, TrainingPair, UserSize, UserWork
+from oppu_ray.core import Example, InputError, Pack, Prompt, TrainingPair, UserSize, UserWork
 from oppu_ray.tasks import prompt_parts
 
 Tokenize = Callable[[str], list[int]]
@@ -63,7 +63,7 @@ def encode(pair: TrainingPair, tokenizer: object, max_length: int) -> Example:
         ValueError: The completion is empty.
     """
     if not pair.completion.strip():
-        raise ValueError(f"item {pair.item_id!r}: the completion is empty")
+        raise InputError(f"item {pair.item_id!r}: the completion is empty")
     tokenize = plain_tokenizer(tokenizer)
     completion = [*tokenize(pair.completion), tokenizer.eos_token_id][: max_length - 1]  # type: ignore[attr-defined]
     room = max_length - len(completion)

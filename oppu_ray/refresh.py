@@ -18,7 +18,7 @@ from pathlib import Path
 
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
-from oppu_ray.core import UserDone, UserHistory
+from oppu_ray.core import InputError, UserDone, UserHistory
 from oppu_ray.packing import plan_user, user_seed
 from oppu_ray.privacy import private_backward
 from oppu_ray.registry import UserHash
@@ -64,7 +64,7 @@ def refresh_user(
     try:
         items = vault.read_history(user_hash)
         if not items:
-            raise ValueError(f"user {user_hash[:12]}: has no history in the vault; expected at least one item")
+            raise InputError(f"user {user_hash[:12]}: has no history in the vault; expected at least one item")
         current = vault.registry.current(user_hash)
         # The id is not kept in the vault. A run's seed is made from it, and stands in what the run committed.
         seed = user_seed(config.seed, user)

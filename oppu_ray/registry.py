@@ -25,10 +25,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
+from oppu_ray.core import InputError
+
 BUSY_S = 30  # a write takes milliseconds, but a queue of workers before a slow disk may take seconds
 CONNECT_S = 5
 ROLES = ("user", "operator", "reader")
 _WRITE_LOCK = 0x6F707075
+_TOKEN_ID = re.compile(r"[0-9a-f]{16}")
 _TOKEN = re.compile(r"oppu_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 
 _META = sa.MetaData()
@@ -601,7 +604,7 @@ class Registry:
         expires_at = None if ttl_s is None else now + ttl_s
         with self._write() as connection:
             if user_hash is not None and not _present(connection, _USERS.c.user_hash, {user_hash}):
-                raise ValueError(f"user {user_hash[:12]}: no such user")
+                raise InputError(f"user {user_hash[:12]}: no such user")
             connection.execute(sa.insert(_TOKENS).values(**values, created_at=now, expires_at=expires_at))
             self._audit(connection, "create_token", user_hash, {"token_id": token_id, "role": role})
         return f"oppu_{token_id}_{secret}"
@@ -618,10 +621,13 @@ class Registry:
         return None if row.expires_at is not None and row.expires_at <= self._clock() else _token(row, row.generation)
 
     def revoke_token(self, token_id: str) -> None:
+        """End a token at once. InputError if there is no such token."""
+        if not _TOKEN_ID.fullmatch(token_id):  # PostgreSQL would fail on a NUL, SQLite on a surrogate
+            raise InputError(f"token {token_id[:40]!r}: no such token; expected the 16 hex digits after 'oppu_'")
         with self._write() as connection:
             row = connection.execute(sa.select(_TOKENS).where(_TOKENS.c.token_id == token_id)).first()
             if row is None:
-                raise ValueError(f"token {token_id!r}: no such token")
+                raise InputError(f"token {token_id!r}: no such token")
             live = (_TOKENS.c.token_id == token_id, _TOKENS.c.revoked_at.is_(None))
             connection.execute(sa.update(_TOKENS).where(*live).values(revoked_at=self._clock()))
             self._audit(connection, "revoke_token", row.user_hash, {"token_id": token_id})

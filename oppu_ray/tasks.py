@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from oppu_ray.config import TaskConfig
-from oppu_ray.core import Item, Prompt
+from oppu_ray.core import InputError, Item, Prompt
 
 PROMPT_ORDERS = ("shared_first", "paper")
 METRICS = {"classification": ("accuracy", "macro_f1"), "rating": ("mae", "rmse"), "generation": ("rouge1", "rougeL")}
@@ -174,13 +174,13 @@ def task_name(name: str) -> str:
     """Our name for `name`, which may be ours or LaMP's in any spelling ("LaMP-2M", "lamp_2m").
 
     Raises:
-        ValueError: The name is unknown or, like plain "LaMP-2", stands for two tasks.
+        InputError: The name is unknown or, like plain "LaMP-2", stands for two tasks.
     """
     for task in TASKS:
         if name == task.name or (task.lamp and name.lower().replace("_", "-") == task.lamp.lower()):
             return task.name
     known = ", ".join(f"{task.name} ({task.lamp})" if task.lamp else task.name for task in TASKS)
-    raise ValueError(f"task.name: unknown task {name!r}; expected one of {known}")
+    raise InputError(f"task.name: unknown task {name!r}; expected one of {known}")
 
 
 def get_task(config: TaskConfig) -> Task:
@@ -207,7 +207,12 @@ def get_task(config: TaskConfig) -> Task:
 
 def missing_fields(task: Task, item: Item) -> tuple[str, ...]:
     """Names of the fields without which `item` is no query-label pair; () if it is one."""
-    return tuple(field for field in (*(field for field, _ in task.inputs), task.target) if not getattr(item, field))
+    return tuple(field for field in (*(field for field, _ in task.inputs), task.target) if is_blank(item, field))
+
+
+def is_blank(item: Item, field: str) -> bool:
+    """Whether a field has no text but white space, as `str.split` has it: a prompt would show nothing of it."""
+    return not "".join(getattr(item, field) or ()).strip()
 
 
 def needed_field(task: Task, item: Item) -> str | None:
@@ -215,7 +220,7 @@ def needed_field(task: Task, item: Item) -> str | None:
     without a pair, a text will do.
     """
     missing = missing_fields(task, item)
-    if not missing or (task.strategies and item.text):
+    if not missing or (task.strategies and not is_blank(item, "text")):
         return None
     return "text" if task.strategies else missing[0]
 
@@ -240,8 +245,8 @@ def make_prompt(task: Task, item: Item, order: str, max_input_words: int) -> Pro
     lines = []
     for field, name in task.inputs:
         value = getattr(item, field)
-        if not value:
-            raise ValueError(f"item {item.item_id!r}: {task.name} needs the field {field!r} in a query; it is empty")
+        if is_blank(item, field):
+            raise InputError(f"item {item.item_id!r}: {task.name} needs the field {field!r} in a query; it is empty")
         if field == "context":
             lines.extend(_latest_words(value, max_input_words))
         elif field == "options":
@@ -259,7 +264,7 @@ def target_text(task: Task, item: Item) -> str:
     """
     target = one_line(getattr(item, task.target) or "")
     if not target:
-        raise ValueError(f"item {item.item_id!r}: {task.name} needs the answer in field {task.target!r}; it is empty")
+        raise InputError(f"item {item.item_id!r}: {task.name} needs the answer in field {task.target!r}; it is empty")
     return target
 
 

@@ -37,7 +37,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from oppu_ray import adapter_files
 from oppu_ray.config import Config
-from oppu_ray.core import AdapterState, Item
+from oppu_ray.core import AdapterState, InputError, Item, check_unicode
 from oppu_ray.registry import History, HistoryChanged, Lease, Refused, Registry, Segment, UserHash, Version
 
 FORMAT = 1
@@ -182,10 +182,10 @@ class Vault:
             return user
         name = unicodedata.normalize("NFC", user) if isinstance(user, str) and len(user) <= 1024 else user
         if not isinstance(name, str) or not 1 <= len(name) <= 256:
-            raise ValueError(f"user id {repr(user)[:40]}: expected text of 1 to 256 characters")
+            raise InputError(f"user id {repr(user)[:40]}: expected text of 1 to 256 characters")
         for position, character in enumerate(name):
             if kind := _BAD_CATEGORIES.get(unicodedata.category(character)):
-                raise ValueError(f"user id {repr(user)[:40]}: {kind} character {character!r} at {position}")
+                raise InputError(f"user id {repr(user)[:40]}: {kind} character {character!r} at {position}")
         return UserHash(hmac.new(self.derive_key("user"), name.encode(), hashlib.sha256).hexdigest())
 
     def derive_key(self, purpose: str) -> bytes:
@@ -295,7 +295,7 @@ class Vault:
             if row.is_good and row.number < current.number and row.base_fingerprint == current.base_fingerprint
         ]
         if not older:
-            raise ValueError(f"user {user_hash[:12]}: no good version before {current.version}")
+            raise InputError(f"user {user_hash[:12]}: no good version before {current.version}")
         self.use(user_hash, older[-1].version)
         return older[-1].version
 
@@ -342,7 +342,7 @@ class Vault:
                 new = [item for item in items if not skip_known or self.item_key(user_hash, item.item_id) not in known]
                 check_items(user_hash, new)
                 if twice := [item for item in new if self.item_key(user_hash, item.item_id) in known]:
-                    raise ValueError(f"{_where(user_hash, twice[0])}: is there twice, expected ids unique in a history")
+                    raise InputError(f"{_where(user_hash, twice[0])}: is there twice, expected ids unique in a history")
                 if not new:
                     return before.num_items
                 with suppress(HistoryChanged):
@@ -486,7 +486,7 @@ class Vault:
     def user_folder(self, user_hash: str, top: str = "users") -> Path:
         """Where a user's things are; `top` "keys" gives the user's key file."""
         if not _HASH.fullmatch(user_hash):
-            raise ValueError(f"user hash {user_hash[:12]!r}: expected 64 hex digits")
+            raise InputError(f"user hash {user_hash[:12]!r}: expected 64 hex digits")
         return self.root / top / user_hash[:2] / user_hash[2:4] / user_hash
 
     def stage_version(
@@ -677,9 +677,9 @@ class Vault:
         if row is not None and row.is_good:
             return row
         if not self.registry.has_user(user_hash):
-            raise ValueError(f"user {user_hash[:12]}: no such user")
+            raise InputError(f"user {user_hash[:12]}: no such user")
         what = "no good adapter version yet" if version is None else f"no good version {version!r}"
-        raise ValueError(f"user {user_hash[:12]}: {what}")
+        raise InputError(f"user {user_hash[:12]}: {what}")
 
     def _quarantine(self, row: Version, reason: str) -> None:
         if not self.registry.quarantine(row.user_hash, row.version, reason):
@@ -871,21 +871,18 @@ def _where(user_hash: str, item: Item) -> str:
 
 
 def check_items(user_hash: str, items: Sequence[Item]) -> None:
-    """ValueError if an item has no id, the id of another item, a field that is not text, or text that is no Unicode."""
+    """InputError if an item has no id, the id of another item, a field that is not text, or text that is no Unicode."""
     seen = set[str]()
     for item in items:
         where = _where(user_hash, item)
         optional = (item.time, item.label, item.title, item.abstract, item.keywords)
         texts = [item.item_id, item.text, *item.context, *item.options, *(one for one in optional if one is not None)]
         if not all(isinstance(text, str) for text in texts) or not item.item_id:
-            raise ValueError(f"{where}: expected a non-empty item_id, and text in every field")
+            raise InputError(f"{where}: expected a non-empty item_id, and text in every field")
         if item.item_id in seen:
-            raise ValueError(f"{where}: is there twice, expected ids unique within the user")
+            raise InputError(f"{where}: is there twice, expected ids unique within the user")
         seen.add(item.item_id)
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: a lone surrogate in its text ({error.reason})") from error
+        check_unicode(where, texts)
 
 
 def _digest_line(user_hash: str, name: str, content: bytes) -> bytes:

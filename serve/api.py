@@ -23,13 +23,25 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from oppu_ray.config import Config
-from oppu_ray.core import Item
+from oppu_ray.core import MAX_LOGPROBS, Item
 from oppu_ray.registry import Token
-from oppu_ray.tasks import Task, get_task, task_name
-from serve.guard import RETRY_AFTER_S, error, error_body, signed_in
-from serve.messages import MAX_TOP_K, Ask, Delta, Event, Failed, Finished, Started, TokenLogprob, Turn
+from oppu_ray.tasks import Task, get_task, is_blank, task_name
+from serve.guard import MAX_BODY_BYTES, error, error_body, error_of, signed_in
+from serve.messages import (
+    MAX_TOP_K,
+    Ask,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    Started,
+    TokenLogprob,
+    Turn,
+    failure_of,
+)
 
 DEFAULT_TOP_K = 4
+REPLICA_LOST = Failed(503, "replica_lost", "the replica that answered is gone; try again")
 
 router = APIRouter(prefix="/v1", tags=["answers"])
 User = Annotated[Token, Depends(signed_in("user"))]
@@ -38,7 +50,8 @@ User = Annotated[Token, Depends(signed_in("user"))]
 class Body(BaseModel):
     """A request body: unknown fields are errors, and a null is as if the field were not there, as clients send it."""
 
-    model_config = ConfigDict(extra="forbid")
+    # Pydantic takes a lone surrogate, unless it has to look into the text, for its length say.
+    model_config = ConfigDict(extra="forbid", str_max_length=MAX_BODY_BYTES)
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +111,7 @@ class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1, max_length=200)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
 
 
 class CompletionRequest(Sampling):
@@ -245,7 +258,7 @@ def _item(task: Task, question: str | TaskInput) -> Item:
         question = TaskInput.model_validate(values)
     context, options = tuple(question.context), tuple(question.options)
     item = Item("", text=question.text, keywords=question.keywords, context=context, options=options)
-    if missing := [field for field, _ in task.inputs if not "".join(getattr(item, field) or "").strip()]:
+    if missing := [field for field, _ in task.inputs if is_blank(item, field)]:
         raise error(400, "bad_request", f"input.{missing[0]}: {task.name} needs it, and it is empty")
     return item
 
@@ -266,6 +279,8 @@ async def _events(request: Request, ask: Ask) -> AsyncGenerator[Event, None]:
                 yield event
     except TimeoutError:
         yield Failed(504, "deadline_exceeded", f"no answer within {ask.deadline_s:g} s")
+    except Exception as fault:  # it must not cut a stream off
+        yield failure_of(fault, f"request {ask.request_id}")
     finally:
         state.underway[ask.user_hash] -= 1
         if not state.underway[ask.user_hash]:
@@ -276,13 +291,9 @@ async def _first(events: AsyncGenerator[Event, None]) -> Started:
     event = await anext(events)
     if isinstance(event, Failed):
         await events.aclose()
-        raise _error_of(event)
+        raise error_of(event)
     assert isinstance(event, Started)
     return event
-
-
-def _error_of(event: Failed) -> Exception:
-    return error(event.status, event.code, event.message, RETRY_AFTER_S if event.status in (429, 503) else None)
 
 
 async def _collect(events: AsyncGenerator[Event, None]) -> _Answer:
@@ -291,14 +302,14 @@ async def _collect(events: AsyncGenerator[Event, None]) -> _Answer:
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Failed):
-                raise _error_of(event)
+                raise error_of(event)
             if isinstance(event, Delta):
                 deltas.append(event)
             if isinstance(event, Finished):
                 text = "".join(delta.text for delta in deltas)
                 logprobs = tuple(one for delta in deltas for one in delta.logprobs)
                 return _Answer(started, text, logprobs, sum(delta.num_tokens for delta in deltas), event)
-    raise error(503, "replica_lost", "the replica that answered is gone; try again", RETRY_AFTER_S)
+    raise error_of(REPLICA_LOST)
 
 
 async def _respond(request: Request, ask: Ask, body: Sampling, kind: str, choice: _Choice) -> Response:
@@ -338,7 +349,7 @@ async def _stream(
                 ended = True
                 yield _line(error_body(event.code, event.message))
     if not ended:
-        yield _line(error_body("replica_lost", "the replica that answered is gone; try again"))
+        yield _line(error_body(REPLICA_LOST.code, REPLICA_LOST.message))
     yield "data: [DONE]\n\n"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from pydantic import BaseModel
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -32,7 +32,7 @@ from oppu_ray.configs import find_config
 from oppu_ray.telemetry import SERVING_METRICS
 from oppu_ray.vault import open_vault
 from serve.guard import RETRY_AFTER_S
-from serve.messages import Ask, Event, Failed, Refresh
+from serve.messages import INTERNAL_ERROR, Ask, Event, Failed, Refresh
 
 logger = logging.getLogger(__name__)
 DRAIN_S = 10.0
@@ -189,6 +189,9 @@ class RayBackend:
                 yield event
         except BackPressureError:
             yield Failed(503, "overloaded", "too many requests wait; try again")
+        except RayTaskError as error:  # the replica lives, and would fail again; the error's text is a traceback
+            logger.error("request %s: %s in the replica", ask.request_id, type(error.cause).__name__)
+            yield INTERNAL_ERROR
         except (RayError, RayServeException):
             yield Failed(503, "replica_lost", "the replica that answered is gone; try again")
         finally:

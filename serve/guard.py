@@ -8,7 +8,7 @@ limits on size and on slow senders hold for every route, whatever the length hea
 from __future__ import annotations
 
 import asyncio
-import logging
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -19,13 +19,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from oppu_ray.registry import Refused, RegistryError, Token
-from oppu_ray.vault import CorruptError, DiskError
-from serve.messages import Backend
+from oppu_ray.registry import Token
+from serve.messages import Backend, Failed, failure_of
 
 MAX_BODY_BYTES = 512 * 1024
 BODY_TIMEOUT_S = 20.0
 RETRY_AFTER_S = 1
+_UNION_PART = re.compile(r"constrained-str|list\[.*\]")
+"""What Pydantic puts among the names of fields where a field may have several types."""
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -34,12 +35,12 @@ SECURITY_HEADERS = {
     "cache-control": "no-store",
 }
 
-logger = logging.getLogger(__name__)
-
 
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """An error in the form that OpenAI's clients read."""
-    return {"error": {"message": message, "type": code, "param": param, "code": code}}
+    content = {"message": message, "type": code, "param": param, "code": code}
+    # A key of the body, which the message names, may have a lone surrogate.
+    return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in content.items()}}
 
 
 def error(status: int, code: str, message: str, retry_after_s: int | None = None) -> HTTPException:
@@ -48,6 +49,12 @@ def error(status: int, code: str, message: str, retry_after_s: int | None = None
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return HTTPException(status, error_body(code, message), headers)
+
+
+def error_of(failed: Failed) -> HTTPException:
+    """A failure as an HTTP error; a client may try again where it is overload or a fault that passes."""
+    retry_after_s = RETRY_AFTER_S if failed.status in (429, 503) else None
+    return error(failed.status, failed.code, failed.message, retry_after_s)
 
 
 def signed_in(*roles: str) -> Callable[[Request], Coroutine[Any, Any, Token]]:
@@ -71,7 +78,8 @@ def signed_in(*roles: str) -> Callable[[Request], Coroutine[Any, Any, Token]]:
 class Guard:
     """ASGI middleware: reads the body up to a limit before the app sees it, and adds the security headers.
 
-    What the app raises ends here: Starlette and Serve would log the traceback, and it can hold a user's text.
+    What the app raises ends here, and becomes what `failure_of` says: Starlette and Serve would log the traceback, and
+    it can hold a user's text.
 
     Args:
         count: Called with (path of the route, status) of every response.
@@ -119,10 +127,10 @@ class Guard:
         try:
             await self.app(scope, replay, send_safely)
         except Exception as fault:
-            logger.error("%s failed: %s", getattr(scope.get("route"), "path", "unknown"), type(fault).__name__)
+            failed = failure_of(fault, getattr(scope.get("route"), "path", "unknown"))
             if not is_started:
-                broken = JSONResponse(error_body("internal_error", "the request failed; it is logged"), 500)
-                await broken(scope, replay, send_safely)
+                refused = error_of(failed)
+                await JSONResponse(refused.detail, refused.status_code, refused.headers)(scope, replay, send_safely)
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -149,31 +157,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, reason: RequestValidationError) -> JSONResponse:
-        first = reason.errors()[0]
-        place = "" if first["type"] == "json_invalid" else ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(error_body("bad_request", f"{place or 'body'}: {first['msg']}", place or None), 400)
-
-    @app.exception_handler(Refused)
-    async def busy(request: Request, reason: Refused) -> JSONResponse:
-        return JSONResponse(error_body("busy", str(reason)), 409, {"Retry-After": str(RETRY_AFTER_S)})
-
-    @app.exception_handler(RegistryError)
-    async def no_registry(request: Request, reason: RegistryError) -> JSONResponse:
-        logger.error("%s", reason)
-        body = error_body("registry_unavailable", "the registry cannot be reached; try again")
-        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
-
-    @app.exception_handler(CorruptError)
-    async def damaged(request: Request, reason: CorruptError) -> JSONResponse:
-        logger.error("%s", reason)
-        return JSONResponse(error_body("corrupt_data", "your stored data is damaged; the operator is told"), 500)
-
-    @app.exception_handler(DiskError)
-    async def no_disk(request: Request, reason: DiskError) -> JSONResponse:
-        logger.error("%s", reason)
-        body = error_body("disk_unavailable", "the disk is full or cannot be reached; try again later")
-        return JSONResponse(body, 503, {"Retry-After": "60"})
-
-    @app.exception_handler(ValueError)
-    async def wrong(request: Request, reason: ValueError) -> JSONResponse:
-        return JSONResponse(error_body("bad_request", str(reason)), 400)
+        # In a union, other parts may fail before the text does.
+        first = min(reason.errors(), key=lambda one: one["type"] != "string_unicode")
+        parts = [str(part) for part in first["loc"][1:] if not _UNION_PART.fullmatch(str(part))]
+        place = "" if first["type"] == "json_invalid" else ".".join(parts)
+        what = "a lone surrogate; expected Unicode" if first["type"] == "string_unicode" else first["msg"]
+        return JSONResponse(error_body("bad_request", f"{place or 'body'}: {what}", place or None), 400)

@@ -1,19 +1,25 @@
 """What crosses between the ingress and the engine deployment: one `Ask` in, a stream of events out (no torch, no Ray).
 
-A reader might question errors as events instead of exceptions: an exception crosses processes wrapped and with its
-traceback, and a traceback can hold a user's text; a `Failed` says what the client may read and nothing else.
+Design: errors are events, not exceptions. An exception crosses processes with its traceback, which can hold a user's
+text. A `Failed` holds what the client may read and nothing else; `failure_of` makes one from any exception.
 """
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
-from oppu_ray.core import Item
-from oppu_ray.vault import Vault
+from oppu_ray.core import MAX_LOGPROBS, InputError, Item, check_unicode
+from oppu_ray.registry import Refused, RegistryError
+from oppu_ray.vault import CorruptError, DiskError, Vault
 
 MAX_TOP_K = 32
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,67 @@ class Failed:
 
 
 Event = Started | Delta | Finished | Failed
+INTERNAL_ERROR = Failed(500, "internal_error", "the request failed; it is logged")
+
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "top_k": (0, MAX_TOP_K),
+    "max_tokens": (1, 2**31),
+    "temperature": (0, 1e6),
+    "top_p": (0, 1),
+    "seed": (-(2**63), 2**63 - 1),
+    "num_logprobs": (0, MAX_LOGPROBS),
+    "deadline_s": (0, 1e9),
+}
+
+
+def check_ask(ask: Ask) -> None:
+    """Check what HTTP requests are checked for before, for callers that make an `Ask` themselves.
+
+    Raises:
+        InputError: A text has a lone surrogate, or a number is out of range; names the field.
+    """
+    fields = asdict(ask)
+    for name, value in fields.items():
+        if name in _NUMBERS:
+            low, high = _NUMBERS[name]
+            # The number itself is left out: Python refuses to write one of more than 4,300 digits.
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise InputError(f"{name}: expected a number from {low:g} to {high:g}")
+        else:
+            check_unicode(name, _texts(value))
+
+
+def _texts(value: object) -> list[str]:
+    """All texts in nested dicts and sequences."""
+    if isinstance(value, dict | list | tuple):
+        return [text for part in (value.values() if isinstance(value, dict) else value) for text in _texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def failure_of(error: Exception, where: str) -> Failed:
+    """Return what a client may read of an error: the text of an `InputError`, else a fixed one; then it is logged.
+
+    Args:
+        where: For the log: a route or a request id, never a user's text.
+    """
+    # Not isinstance: Ray raises a subclass whose text is the traceback.
+    if type(error) is InputError:
+        return Failed(400, "bad_request", str(error))
+    if isinstance(error, RegistryError | CorruptError | DiskError | Refused):
+        logger.error("%s: %s", where, error)  # its text is ours: hashes and paths
+    else:
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+        logger.error("%s: %s at %s", where, type(error).__name__, places or "unknown")
+    if isinstance(error, Refused):
+        return Failed(503, "busy", "your data is being changed by another request; try again")
+    if isinstance(error, RegistryError):
+        return Failed(503, "registry_unavailable", "the registry cannot be reached; try again")
+    if isinstance(error, CorruptError):
+        return Failed(500, "corrupt_data", "your stored data is damaged; the operator is told")
+    if isinstance(error, DiskError | OSError):
+        return Failed(503, "disk_unavailable", "the disk is full or cannot be reached; try again later")
+    return INTERNAL_ERROR
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,22 @@ from oppu_ray.kernels import return_freed_memory
 from oppu_ray.memory import Memories
 from oppu_ray.packing import Tokenize, encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.refresh import open_task_base
-from oppu_ray.registry import RegistryError, UserHash, Version
+from oppu_ray.registry import UserHash, Version
 from oppu_ray.tasks import get_task, make_prompt, memory_line
 from oppu_ray.vault import CorruptError, Vault
-from serve.messages import MAX_TOP_K, Ask, Delta, Event, Failed, Finished, Started, TokenLogprob, Turn
+from serve.messages import (
+    MAX_TOP_K,
+    Ask,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    Started,
+    TokenLogprob,
+    Turn,
+    check_ask,
+    failure_of,
+)
 
 STALL_S = 120.0
 """A step that takes longer has hung: the slowest sane one, 2,048 prompt tokens on one core, takes seconds."""
@@ -54,6 +66,8 @@ PASS_TOKENS = 512
 IDLE_PASS_TOKENS = 2048
 """The same while no answer is under way."""
 
+ENGINE_FAILED = Failed(503, "engine_failed", "the engine failed; try again")
+
 T = TypeVar("T")
 Sink = Callable[[TokenEvent], None]
 Measure = Callable[[str, float, Mapping[str, str]], None]
@@ -62,6 +76,10 @@ logger = logging.getLogger(__name__)
 
 def measure_nothing(name: str, value: float, tags: Mapping[str, str]) -> None:
     """For where nobody looks."""
+
+
+class EngineDied(RuntimeError):
+    """The engine's thread has ended or hangs; Serve replaces the replica."""
 
 
 class EngineLoop:
@@ -82,7 +100,7 @@ class EngineLoop:
         self.call(torch.get_num_threads).result()  # a thread takes torch's number when it first asks, and keeps it
 
     def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Run a function in the engine's thread, between two steps; RuntimeError in the future if that has died."""
+        """Run a function in the engine's thread, between two steps; EngineDied in the future if that has died."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -90,7 +108,7 @@ class EngineLoop:
                 return
             try:
                 if self.error is not None:
-                    raise RuntimeError("the engine died")
+                    raise EngineDied("the engine died")
                 future.set_result(function(*args))
             except Exception as error:
                 future.set_exception(error)
@@ -109,11 +127,11 @@ class EngineLoop:
         return True
 
     def check(self) -> None:
-        """Raises RuntimeError if the engine has died or hangs."""
+        """Raises EngineDied if the engine has died or hangs."""
         if self.error is not None:
-            raise RuntimeError(f"the engine died: {self.error!r}")
+            raise EngineDied(f"the engine died: {self.error!r}")
         if (began := self._step_began) is not None and time.monotonic() - began > STALL_S:
-            raise RuntimeError(f"the engine's step takes longer than {STALL_S:g} s")
+            raise EngineDied(f"the engine's step takes longer than {STALL_S:g} s")
 
     def close(self) -> None:
         """Stop the thread and leave the model as it was."""
@@ -229,9 +247,13 @@ class Replica:
         return asyncio.wrap_future(self.loop.call(function, *args))
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
-        """The events of an answer: `Started`, `Delta`s (one, unless it streams), then `Finished`; or `Failed`."""
+        """The events of an answer: `Started`, `Delta`s (one, unless it streams), then `Finished`; or `Failed`.
+
+        Whatever goes wrong is a `Failed`; nothing is raised but the caller's own cancellation.
+        """
         began = time.monotonic()
         try:
+            check_ask(ask)
             async with aclosing(self._answer(ask, began)) as events:
                 async for event in events:
                     yield event
@@ -240,17 +262,10 @@ class Replica:
             failed = refusal.event
         except TimeoutError:
             failed = Failed(504, "deadline_exceeded", f"no answer within {ask.deadline_s:g} s")
-        except CorruptError as error:
-            logger.error("%s", error)
-            failed = Failed(500, "corrupt_history", "your stored history is damaged; the operator is told")
-        except RegistryError as error:
-            logger.error("%s", error)
-            failed = Failed(503, "registry_unavailable", "the registry cannot be reached; try again")
-        except ValueError as error:
-            failed = Failed(400, "bad_request", str(error))
-        except RuntimeError as error:
-            logger.error("request %s failed: %s", ask.request_id, type(error).__name__)
-            failed = Failed(503, "engine_failed", "the engine failed; try again")
+        except EngineDied:
+            failed = ENGINE_FAILED
+        except Exception as error:
+            failed = failure_of(error, f"request {ask.request_id}")
         self._measure("oppu_errors_total", 1, {"kind": failed.code})
         yield failed
 
@@ -290,7 +305,10 @@ class Replica:
                     first_token_s = time.monotonic() - began
                     self._measure("oppu_first_token_seconds", first_token_s, {})
                 if reason == "error":
-                    raise _Refusal(503, "engine_failed", unsent[-1].error or "the engine failed")
+                    if self.loop.error is not None:
+                        raise EngineDied
+                    # This answer's own fault: its adapter overflows, say. Asked again, it would fail again.
+                    raise _Refusal(500, "answer_failed", unsent[-1].error or "the answer failed")
                 if reason == "cancelled":
                     raise _Refusal(409, "cancelled", "the user was forgotten")
                 if ask.stream or reason is not None:

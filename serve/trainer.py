@@ -8,7 +8,6 @@ can repeat; a training itself commits whole or not at all.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,11 @@ from oppu_ray.config import Config
 from oppu_ray.refresh import refresh_user
 from oppu_ray.registry import UserHash
 from oppu_ray.vault import Vault
-from serve.messages import Refresh
+from serve.messages import Refresh, failure_of
 
 MAX_QUEUED = 100
 MAX_KEPT = 10_000
 """Finished trainings whose outcome can still be asked for."""
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -68,11 +65,9 @@ class Trainer:
             self._set(user_hash, "training")
             done = refresh_user(self.config, self.vault, user_hash, self._base, self._progress(user_hash))
             self._set(user_hash, "failed" if done.error else "done", version=done.version, error=done.error or "")
-        except ValueError as error:
-            self._set(user_hash, "failed", error=str(error))
         except Exception as error:  # a thread's error would vanish, and the user would wait for ever
-            logger.error("user %s: training failed: %s", user_hash[:12], type(error).__name__)
-            self._set(user_hash, "failed", error="the training failed; it is logged")
+            failed = failure_of(error, f"user {user_hash[:12]}: training")
+            self._set(user_hash, "failed", error=failed.message)
 
     def _progress(self, user_hash: str) -> Callable[[int, int], None]:
         return lambda done, of_all: self._set(user_hash, "training", num_steps_done=done, num_steps=of_all)

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from oppu_ray.config import Config, ServeConfig, TaskConfig
-from oppu_ray.core import AdapterState, Request, TokenEvent
+from oppu_ray.core import AdapterState, InputError, Request, TokenEvent
 from oppu_ray.vault import Vault
 from serve.messages import Ask, Delta, Event, Failed, Finished, Refresh, Started, TokenLogprob
 from serve.web import create_web
@@ -35,12 +35,15 @@ class FakeBackend:
         self.refreshes = [Refresh()]
         self.fail_with: Failed | None = None
         self.fail_after: int | None = None
+        self.raise_with: Exception | None = None
         self.wait: asyncio.Event | None = None
         self.counted: list[tuple[str, int]] = []
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
         self.asked.append(ask)
         try:
+            if self.raise_with and self.fail_after is None:
+                raise self.raise_with
             if self.fail_with and self.fail_after is None:
                 yield self.fail_with
                 return
@@ -49,6 +52,8 @@ class FakeBackend:
             if self.wait:
                 await self.wait.wait()
             for number, word in enumerate(self.text.split(" ")):
+                if number == self.fail_after and self.raise_with:
+                    raise self.raise_with
                 if number == self.fail_after and self.fail_with:
                     yield self.fail_with
                     return
@@ -119,7 +124,7 @@ class FakeEngine:
 
     def submit(self, request: Request, adapter: Any = None) -> None:
         if len(request.prompt_ids) > 400:
-            raise ValueError("too long for this engine")
+            raise InputError("too long for this engine")
         if request.adapter_id is not None and adapter is not None:
             self.resident = [*self.resident[1 - self.num_slots :], request.adapter_id]
         said = f"{(request.adapter_id or 'shared').split('/')[-1]}: {self.tokenizer.decode(request.prompt_ids[-8:])}"

@@ -47,6 +47,7 @@ def test_values_are_converted_by_the_fields_type(path: Path) -> None:
     [
         ("sead: 1", "unknown key 'sead'; expected one of run_dir, preset, seed, data, "),
         ("adapt: {peft: {rnak: 4}}", "unknown key 'adapt.peft.rnak'; expected one of kind, rank, alpha, "),
+        ('task: {labels: ["a\\ud800"]}', r"task.labels: a lone surrogate in 'a\\ud800'; expected Unicode"),
         ("data: {1: 2}", "unknown key 'data.1'; expected one of format, path, "),
         ("adapt: 3", "adapt.: expected a section, found 3"),
         ("adapt:", "adapt.: expected a section, found None"),

@@ -276,6 +276,22 @@ def test_a_profile_is_kept_with_the_user_until_a_fifth_of_the_history_is_new(vau
     assert len(list(vault.root.rglob("blobs/profile_*.json"))) == 2
 
 
+@pytest.mark.parametrize(
+    "stored", [b'{"text": "canary \\ud800", "method": "model", "item_ids": []}', b"canary", b"\xff"]
+)
+def test_a_stored_profile_that_is_none_is_written_again(
+    vault: Vault, caplog: pytest.LogCaptureFixture, stored: bytes
+) -> None:
+    config, owner = config_of(top_k=0, with_profile=True), user("ann")
+    vault.add_users(["ann"])
+    Memories(config, vault, no_model).open(owner)
+    (name,) = vault.blob_names(vault.user_hash("ann"))
+    vault.put_blob("ann", name, stored)
+    made = Memories(config, vault, no_model).open(owner)
+    assert made is not None and query_prompt(config, made, owner.queries[0]).profile.startswith("Most frequent tag")
+    assert vault.get_blob("ann", name) != stored and "canary" not in caplog.text
+
+
 def test_a_model_writes_the_missing_profiles_in_one_batch_and_the_template_steps_in(vault: Vault) -> None:
     config, asked = config_of(top_k=0, with_profile=True, profile="base"), list[list[str]]()
     vault.add_users(["ann", "bob", "eve"])

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from vault_tools import Clock, empty_postgres, memory_folder
 
 from oppu_ray import registry as registry_module
+from oppu_ray.core import InputError
 from oppu_ray.registry import Refused, Registry, RegistryError, Version
 
 ALICE, BOB = "a" * 64, "b" * 64
@@ -239,8 +240,9 @@ def test_a_token_for_the_wrong_role_or_user_is_refused(registry: Registry) -> No
             registry.create_token(role, user_hash)
     with pytest.raises(ValueError, match="no such user"):
         registry.create_token("user", ALICE)
-    with pytest.raises(ValueError, match="no such token"):
-        registry.revoke_token("nothing")
+    for token_id in ("nothing", "0" * 16, "a\0b", "\ud800" * 16, "0" * 10_000):
+        with pytest.raises(InputError, match="no such token"):
+            registry.revoke_token(token_id)
 
 
 def test_the_database_never_holds_a_secret(tmp_path: Path) -> None:

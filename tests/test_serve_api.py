@@ -22,9 +22,12 @@ from serve_tools import CONFIG, FakeBackend, token_of, web_of
 from starlette.testclient import TestClient
 from vault_tools import make_adapter, make_manifest, segment_files
 
-from oppu_ray.core import Item
+from oppu_ray.core import InputError, Item, UserHistory
 from oppu_ray.pairs import make_pairs
+from oppu_ray.prepared import INDEX_NAME, write_prepared
+from oppu_ray.registry import Refused, RegistryError
 from oppu_ray.tasks import get_task
+from oppu_ray.vault import CorruptError, DiskError
 from serve.api import _collect
 from serve.messages import Event, Failed, Finished, Started
 
@@ -170,6 +173,10 @@ def test_what_a_history_takes(web: Web, ann: TestClient) -> None:
         ("citation", {"title": "a"}, {"text": "a"}),
         ("chat_reply", {"text": " \n", "context": ["hi"]}, {"text": "a", "context": ["hi"]}),
         ("chat_reply", {"text": "a", "context": [" "]}, {"text": "a", "context": [" ", " hi "]}),
+        # White space to Python, which splits prompts by it, and not to Pydantic.
+        ("chat_reply", {"text": "\x1c", "context": ["hi"]}, {"text": "a\x1c", "context": ["hi"]}),
+        ("chat_reply", {"text": "a", "context": ["\x1f"]}, {"text": "a", "context": ["\x1f", "hi"]}),
+        ("tweet_paraphrase", {"text": "\x1d"}, {"text": "a\x1d"}),
     ],
 )
 def test_an_item_that_cannot_be_learnt_is_refused_before_it_blocks_all_others(
@@ -220,6 +227,64 @@ def test_bad_bodies_get_a_4xx_and_never_reach_the_engine(
     assert ann.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
+SURROGATE = r"a\ud800"
+DOORS = {
+    "/v1/chat/completions": [
+        ('{"messages": [{"role": "user", "content": "SURROGATE"}]}', "messages.0.content"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "SURROGATE"}]}]}',
+            "messages.0.content.0.text",
+        ),
+        ('{"messages": [{"role": "user", "content": "a", "name": "SURROGATE"}]}', "messages.0.name"),
+        ('{"messages": [{"role": "SURROGATE", "content": "a"}]}', "messages.0.role"),
+        ('{"messages": [{"role": "user", "content": "a", "SURROGATE": 1}]}', "messages.0"),
+        ('{"messages": [{"role": "user", "content": "a"}], "stop": ["b", "SURROGATE"]}', "stop.1"),
+        ('{"messages": [{"role": "user", "content": "a"}], "user": "SURROGATE"}', "user"),
+    ],
+    "/v1/completions": [
+        ('{"prompt": "SURROGATE"}', "prompt"),
+        ('{"prompt": "a", "stop": "SURROGATE"}', "stop"),
+        ('{"prompt": "a", "model": "SURROGATE"}', "model"),
+        ('{"prompt": "a", "SURROGATE": null}', None),
+    ],
+    "/v1/personalize": [
+        ('{"input": "SURROGATE"}', "input"),
+        ('{"input": {"text": "SURROGATE"}}', "input.TaskInput.text"),
+        ('{"input": {"text": "a", "context": ["SURROGATE"]}}', "input.TaskInput.context.0"),
+        ('{"input": {"text": "a", "keywords": "SURROGATE"}}', "input.TaskInput.keywords"),
+        ('{"input": "a", "task": "SURROGATE"}', "task"),
+        ('{"input": "a", "arm": "SURROGATE"}', "arm"),
+    ],
+    "/v1/me/history": [
+        ('{"items": [{"text": "SURROGATE", "label": "comedy"}]}', "items.0.text"),
+        ('{"items": [{"text": "a", "label": "SURROGATE"}]}', "items.0.label"),
+        ('{"items": [{"text": "a", "label": "comedy", "item_id": "SURROGATE"}]}', "items.0.item_id"),
+        ('{"items": [{"text": "a", "label": "comedy", "time": "SURROGATE"}]}', "items.0.time"),
+        ('{"items": [{"text": "a", "label": "comedy", "options": ["SURROGATE"]}]}', "items.0.options.0"),
+    ],
+    "/v1/me/history/forget": [('{"item_ids": ["SURROGATE"]}', "item_ids.0")],
+    "/v1/admin/users": [('{"user_id": "SURROGATE"}', "user_id")],
+    "/v1/admin/tokens": [('{"user_id": "SURROGATE"}', "user_id")],
+}
+
+
+@pytest.mark.parametrize("raw", [SURROGATE.encode(), b"a\xed\xa0\x80"], ids=["escaped", "bytes"])
+@pytest.mark.parametrize(("path", "body", "field"), [(path, *one) for path, bodies in DOORS.items() for one in bodies])
+def test_a_text_that_utf8_cannot_hold_is_refused_by_the_name_of_its_field(
+    web: Web, path: str, body: str, field: str | None, raw: bytes
+) -> None:
+    backend, client = web
+    is_admin = path.startswith("/v1/admin")
+    signed_in = client(token_of(backend.vault, None if is_admin else "ann", "operator" if is_admin else "user"))
+    response = signed_in.post(path, content=body.encode().replace(b"SURROGATE", raw), headers=JSON)
+    if field is None:  # an unknown key without a value is as if it were not there
+        assert response.status_code == 200
+    else:
+        assert code(response) == (400, "bad_request") and response.json()["error"]["param"] == field
+        assert not backend.asked and len(backend.vault.registry.users()) == 2
+        assert backend.vault.read_history("ann") == ()
+
+
 def test_bad_questions_of_the_task_are_refused_by_name(ann: TestClient) -> None:
     def ask(**body: Any) -> tuple[int, str]:
         return code(ann.post("/v1/personalize", json=body))
@@ -230,6 +295,7 @@ def test_bad_questions_of_the_task_are_refused_by_name(ann: TestClient) -> None:
     assert ask(input="a", arm="swapped") == (400, "bad_request")
     assert ask(input=" ") == ask(input={"text": ""}) == ask(input={}) == (400, "bad_request")
     assert ask(input="a", task="chat_reply") == (400, "unknown_task")
+    assert ask(input="\x1c") == ask(input="a", task="no such task") == (400, "bad_request")
     assert ask(input="a", max_tokens=10**9) == (400, "bad_request")
 
 
@@ -357,6 +423,105 @@ def test_failures_of_the_engine_are_told_with_their_status(web: Web, ann: TestCl
     assert code(ann.post("/v1/completions", json={"prompt": "a"})) == (503, "replica_lost")
     backend.fail_with = None
     assert len(backend.closed) == len(backend.asked) == 3
+
+
+SECRET = "/srv/run/prepare/users.jsonl: byte 229: expected the line of user 'ann', found 'bob@mail.example'"
+
+
+class FromRay(InputError):
+    """As Ray raises an actor's error: of its class, and with the traceback as its text."""
+
+
+class Broken:
+    """A vault or registry whose methods raise, but for those given."""
+
+    def __init__(self, error: Exception, **good: Any):
+        vars(self).update(error=error, **good)
+
+    def __getattr__(self, name: str) -> Any:
+        def broken(*_: Any, **__: Any) -> None:
+            raise self.error
+
+        return broken
+
+
+ERRORS: list[tuple[Exception, int, str]] = [
+    (InputError("film: expected text"), 400, "bad_request"),
+    (FromRay(SECRET), 500, "internal_error"),
+    (ValueError(SECRET), 500, "internal_error"),
+    (KeyError(SECRET), 500, "internal_error"),
+    (RuntimeError(SECRET), 500, "internal_error"),
+    (UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET), 500, "internal_error"),
+    (CorruptError(SECRET), 500, "corrupt_data"),
+    (DiskError(SECRET), 503, "disk_unavailable"),
+    (OSError(errno.EIO, SECRET, SECRET), 503, "disk_unavailable"),
+    (RegistryError(SECRET), 503, "registry_unavailable"),
+    (Refused(SECRET), 503, "busy"),
+]
+ROUTES = [
+    ("GET", "/v1/me", None),
+    ("GET", "/v1/me/versions", None),
+    ("GET", "/v1/me/history", None),
+    ("POST", "/v1/me/history", {"items": [{"text": "a", "label": "comedy"}]}),
+    ("POST", "/v1/me/history/forget", {"item_ids": ["1"]}),
+    ("POST", "/v1/me/rollback", None),
+    ("GET", "/v1/me/export", None),
+    ("DELETE", "/v1/me", None),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "kind"), ERRORS, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES, ids=lambda one: str(one)[:30])
+def test_only_errors_about_the_input_are_told_and_are_a_400(
+    web: Web, ann: TestClient, method: str, path: str, body: Any, error: Exception, status: int, kind: str
+) -> None:
+    registry = Broken(error, verify_token=web[0].vault.registry.verify_token)
+    web[0].vault = Broken(error, registry=registry)  # type: ignore[assignment]
+    response = ann.request(method, path, json=body)
+    assert code(response) == (status, kind)
+    told = response.json()["error"]["message"]
+    assert (told == str(error)) == (status == 400) and "bob" not in told and "/" not in told
+    assert ("retry-after" in response.headers) == (status == 503) == ("try again" in told)
+
+
+@pytest.mark.parametrize(("error", "status", "kind"), ERRORS, ids=lambda one: type(one).__name__)
+def test_what_a_backend_raises_is_an_answer_also_in_the_middle_of_a_stream(
+    web: Web, ann: TestClient, error: Exception, status: int, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, _ = web
+    backend.raise_with = error
+    response = ann.post("/v1/completions", json={"prompt": "a"})
+    assert code(response) == (status, kind) and ("retry-after" in response.headers) == (status == 503)
+    assert code(ann.post("/v1/personalize", json={"input": "a"})) == (status, kind)
+    backend.fail_after = 2
+    stream = ann.post("/v1/completions", json={"prompt": "a", "stream": True})
+    *pieces, last, done, _ = stream.text.split("\n\n")
+    assert stream.status_code == 200 and len(pieces) == 2 and done == "data: [DONE]"
+    failed = json.loads(last.removeprefix("data: "))["error"]
+    assert failed["code"] == kind and "bob" not in stream.text + response.text
+    if kind == "internal_error":
+        assert "bob" not in caplog.text and type(error).__name__ in caplog.text
+
+
+def test_damaged_files_beside_the_vault_are_told_to_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backend, client = web_of(tmp_path, replace(CONFIG, run_dir=str(tmp_path)))
+    ann, item = client(token_of(backend.vault, "ann")), (Item("1", text="x", label="comedy"),)
+    users = [UserHistory(user, "target", item) for user in ("ann", "bob@mail.example")]
+    write_prepared(tmp_path / "prepare", users)
+    path = tmp_path / "prepare" / INDEX_NAME
+    whole, index = path.read_text(), json.loads(path.read_text())
+    for name in ("offset", "length"):
+        index["entries"]["ann"][name] = index["entries"]["bob@mail.example"][name]
+    path.write_text(json.dumps(index))
+    responses = [ann.delete("/v1/me"), ann.post("/v1/me/history/forget", json={"item_ids": ["1"]})]
+    path.write_text(whole)
+    (tmp_path / "old.jsonl.gz").write_bytes(b"\x1f\x8b broken")
+    responses.append(ann.delete("/v1/me"))
+    for response in responses:
+        assert code(response) == (500, "internal_error")
+        assert "bob" not in response.text and tmp_path.name not in response.text
+    assert "bob" not in caplog.text and "ValueError at forget.py:" in caplog.text
+    assert ann.get("/v1/me").status_code == 200, "nobody is forgotten by half"
 
 
 async def call(app: Any, token: str, body: dict[str, Any], disconnect: asyncio.Event | None = None) -> list[Any]:

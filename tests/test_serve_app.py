@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from line_tools import oppu, tagging_user, write_config, write_users
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 from serve_tools import CONFIG, token_of
@@ -30,8 +30,9 @@ from tiny import tiny_base
 
 from oppu_ray.config import Config, load_config
 from oppu_ray.configs import find_config
-from oppu_ray.core import UserDone
-from oppu_ray.vault import Vault, open_vault
+from oppu_ray.core import InputError, UserDone
+from oppu_ray.registry import Refused
+from oppu_ray.vault import CorruptError, DiskError, Vault, open_vault
 from serve import trainer
 from serve.app import RayBackend, ServeArgs, build_app
 from serve.messages import Ask, Event, Failed, Started
@@ -94,7 +95,14 @@ def test_users_are_trained_one_after_another_and_each_can_watch(
     until(lambda: one.status("bob").state == "done")
     assert lessons.users == ["ann", "bob"] and len(opened) == 1
     assert one.status("ann").version == "version of ann"
-    for error, shown in ((ValueError("no history"), "no history"), (MemoryError("film 1"), "it is logged")):
+    for error, shown in (
+        (InputError("no history"), "no history"),
+        (MemoryError("film 1"), "it is logged"),
+        (ValueError("/srv/film 1"), "it is logged"),
+        (Refused("film 1"), "try again"),
+        (DiskError("/srv/film 1"), "the disk"),
+        (CorruptError("film 1"), "is damaged"),
+    ):
         lessons.fail_with = error
         one.start("ann")
         lessons.go_on.release()
@@ -149,6 +157,11 @@ def test_what_ray_raises_becomes_a_503_and_the_rest_of_the_request_is_cancelled(
     assert isinstance(failed, Failed) and (failed.status, failed.code) == (503, "overloaded")
     started, failed = asyncio.run(ask([Started(None, "", (), 1, 0.0)], ActorDiedError()))
     assert isinstance(failed, Failed) and (failed.status, failed.code) == (503, "replica_lost")
+    for cause in (TypeError("film 1"), InputError("film 1")):  # the replica lives: nobody should ask it again
+        raised = RayTaskError("ask", "Traceback: film 1", cause).as_instanceof_cause()
+        (failed,) = asyncio.run(ask([], raised))
+        assert isinstance(failed, Failed) and (failed.status, failed.code) == (500, "internal_error")
+        assert "film" not in failed.message
 
 
 class Lost:
