@@ -27,6 +27,7 @@ from oppu_ray.config import FederatedConfig
 
 Arrays = dict[str, np.ndarray]
 FRACTION_BITS = 24
+RING_STEP = 2.0**-FRACTION_BITS
 RING_LIMIT = 2.0 ** (62 - FRACTION_BITS) / 1024  # so that a sum of many does not overflow
 BACKWARDS = -0.1
 ADAM_BETAS, ADAM_FLOOR = (0.9, 0.99), 1e-3  # Reddi et al. 2021, arXiv 2003.00295, section 5
@@ -51,7 +52,7 @@ class RoundState:
 
 @dataclass(frozen=True)
 class Update:
-    """How far a shard's clients moved the trained numbers on average, [N] float32, and what that weighs (tokens)."""
+    """How far a shard's clients moved the trained numbers on average, [N], and what that weighs (tokens)."""
 
     shard: int
     delta_N: np.ndarray

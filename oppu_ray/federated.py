@@ -155,7 +155,7 @@ class _Round:
 
     def _open(self) -> RoundState:
         federated, record = self.config.federated, self.record
-        expected = open_update(self.length, np.float32)
+        expected = open_update(self.length, np.float64 if federated.noise_multiplier else np.float32)
         answers = self._ask("train", {number: ({}, expected) for number in self.asked}, write_state(self._sent()))
         updates = [Update(number, arrays["delta"], head["weight"]) for number, (head, arrays) in answers.items()]
         counted, found = screen([update for update in updates if update.weight], federated)

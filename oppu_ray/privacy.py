@@ -2,10 +2,19 @@
 
 In: updates or gradients. Out: the same, no longer than a bound and under Gaussian noise, and the epsilon this is worth.
 
-The decision a reader would question: noise is ChaCha20 under a secret key in a file, not fresh randomness. A run that
-is killed and resumed then repeats its noise bit for bit, instead of showing the same data under noise twice, and nobody
-can compute the noise from the config's seed. Who has the key can take the noise off: it is as secret as the histories,
-and may be deleted when the run is done. (Gaussians in floating point leak more than the theory says: Mironov 2012.)
+Vectors are rounded to a grid before they are added up, and the noise is a whole number of grid steps (`gaussian`): a
+sum shows nothing in its last bits. Rounding can make a vector longer by half a step times the square root of its
+length: it is cut to so much less. What is computed from a sum afterwards (Adam, another rounding) costs nothing.
+
+What is protected is what an item says, or a user's whole history. Public are: the config, how many items a user has
+(hence their number of steps), and that a training ended. What a private training gives away beside the adapter is
+therefore neither a loss nor a count of tokens, and an item whose gradient is not finite adds nothing, in silence. A
+user's manifest also has the ids of their items, in the clear: like the history, they are for the owner's eyes.
+
+Design: noise is ChaCha20 under a secret key in a file, not fresh randomness. A run that is killed and resumed then
+repeats its noise bit for bit, instead of showing the same data under noise twice, and nobody can compute the noise from
+the config's seed. Who has the key can take the noise off: it is as secret as the histories, and may be deleted when the
+run is done.
 
 Under DP-SGD (Abadi et al. 2016) each item's gradient is needed by itself, so items share no prefix: a step makes one
 pass per item, each over all users of the pack.
@@ -21,16 +30,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import PrivacyConfig, TrainConfig
 from oppu_ray.core import Example, UserWork
 from oppu_ray.files import write_once
-from oppu_ray.secure import derive, stream
+from oppu_ray.gaussian import discrete_gaussian
+from oppu_ray.secure import derive
 from oppu_ray.training import Backward, backward_step
 
 KEY_BYTES = 32
-_EPS = 2.0**-53
 
 
 def noise_key(path: Path) -> bytes:
@@ -46,13 +56,16 @@ def noise_key(path: Path) -> bytes:
     return key
 
 
-def gaussian(key: bytes, name: str, num: int, std: float) -> np.ndarray:
-    """[num] float64 from the normal distribution; same key and name, same numbers (Box and Muller 1958)."""
-    half = -(-num // 2)
-    drawn = np.frombuffer(stream(derive(key, b"noise", name.encode()), 16 * half), np.uint64)
-    radius_angle = ((drawn >> np.uint64(11)).astype(np.float64) + 0.5) * _EPS
-    radius, angle = np.sqrt(-2 * np.log(radius_angle[:half])), 2 * np.pi * radius_angle[half:]
-    return std * np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:num]
+def noise(key: bytes, name: str, num: int, std: float, grid: float) -> np.ndarray:
+    """Draw [num] float64: whole numbers of grid steps with a standard deviation of at least `std`.
+
+    Args:
+        name: Same key and name, same numbers; another name, others that have nothing to do with them.
+        std, grid: In the unit of what the noise is added to. A `std` of 0 is no noise.
+    """
+    if not std:
+        return np.zeros(num)
+    return discrete_gaussian(derive(key, b"noise", name.encode()), num, math.ceil(std / grid)).astype(np.float64)
 
 
 def is_drawn(key: bytes, name: str, share: float) -> bool:
@@ -60,10 +73,33 @@ def is_drawn(key: bytes, name: str, share: float) -> bool:
     return int.from_bytes(derive(key, b"draw", name.encode())[:7], "big") < share * 2**56
 
 
-def clipped(values: np.ndarray, norm: float) -> np.ndarray:
-    """The values, scaled down to the L2 norm `norm` if they are longer."""
-    length = float(np.linalg.norm(values.astype(np.float64)))
-    return values if length <= norm else values * (norm / length)
+def fine_grid(norm: float) -> float:
+    """A grid so fine that rounding to it costs a vector of 4 million numbers a ten-thousandth of its norm."""
+    return 2.0 ** (math.floor(math.log2(norm)) - 24)
+
+
+def on_grid(parts: Sequence[Tensor], norm: float, grid: float) -> list[Tensor]:
+    """Cut a vector to a norm and round it to a grid.
+
+    Args:
+        parts: The vector; zeros are taken where it is not finite.
+        norm: Largest L2 norm of the result.
+        grid: The grid's step.
+
+    Returns:
+        Whole numbers of steps, float64.
+
+    Raises:
+        ValueError: The grid is too coarse for the norm.
+    """
+    room = norm - grid / 2 * math.sqrt(sum(part.numel() for part in parts))
+    if room < norm / 2:
+        raise ValueError(f"clip_norm is {norm:g}; expected one that is large against rounding, {2 * (norm - room):g}")
+    length = math.sqrt(sum(float(part.double().pow(2).sum()) for part in parts))
+    if not math.isfinite(length):
+        return [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+    factor = min(1.0, room / length) / grid if length else 0.0
+    return [torch.round(part.double() * factor) for part in parts]
 
 
 def epsilon(noise_multiplier: float, sample_rate: float, num_steps: int, delta: float) -> float:
@@ -85,8 +121,9 @@ def private_backward(config: PrivacyConfig, pack: Sequence[UserWork], key: bytes
 
     A slot's gradient is the sum of its items' gradients, each cut to `config.clip_norm`, plus noise, over
     `items_per_step`. Epsilon counts an item as in or out of a step, not how it was drawn: `epsilon` with a sample rate
-    of 1 and `num_looks` steps holds in whatever order items come.
+    of 1 and `num_looks` steps holds in whatever order items come. Losses and counts of tokens have no noise: all are 0.
     """
+    grid, std = fine_grid(config.clip_norm), config.noise_multiplier * config.clip_norm
 
     # Noise is of these very steps: had a user other items, no noise would be seen twice.
     names = [f"user {work.user_id} {hashlib.sha256(repr(work.steps).encode()).hexdigest()}" for work in pack]
@@ -95,28 +132,22 @@ def private_backward(config: PrivacyConfig, pack: Sequence[UserWork], key: bytes
         bank: AdapterBank, examples: Mapping[int, Sequence[Example]], train: TrainConfig, step: int
     ) -> tuple[dict[int, float], dict[int, int]]:
         stacks = list(bank.stacks().values())
-        sums = [torch.zeros_like(stack.value) for stack in stacks]
-        losses, tokens = dict.fromkeys(examples, 0.0), dict.fromkeys(examples, 0)
+        sums = [torch.zeros_like(stack.value, dtype=torch.float64) for stack in stacks]
         for number in range(max(map(len, examples.values()))):
             single = {slot: (own[number],) for slot, own in examples.items() if number < len(own)}
-            one_losses, one_tokens = backward_step(bank, single, train, step)
+            backward_step(bank, single, train, step)
             for slot in single:
-                losses[slot] += one_losses[slot] / len(examples[slot])
-                tokens[slot] += one_tokens[slot]
                 grads = [stack.grad[slot] for stack in stacks]  # type: ignore[index]
-                norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in grads))
-                factor = min(1.0, config.clip_norm / norm) if norm else 1.0
-                for total, grad in zip(sums, grads, strict=True):
-                    total[slot] += factor * grad
+                for total, units in zip(sums, on_grid(grads, config.clip_norm, grid), strict=True):
+                    total[slot] += units
             bank.zero_grad()
         for slot in examples:
             size = sum(total[slot].numel() for total in sums)
-            std = config.noise_multiplier * config.clip_norm
-            noise = torch.from_numpy(gaussian(key, f"{names[slot]} step {step}", size, std))
+            drawn = torch.from_numpy(noise(key, f"{names[slot]} step {step}", size, std, grid))
             for stack, total in zip(stacks, sums, strict=True):
-                part, noise = noise[: total[slot].numel()], noise[total[slot].numel() :]
-                noisy = total[slot] + part.view_as(total[slot]).to(total)
+                part, drawn = drawn[: total[slot].numel()], drawn[total[slot].numel() :]
+                noisy = (total[slot] + part.view_as(total[slot]).to(total)) * grid
                 stack.grad[slot] = noisy / train.items_per_step  # type: ignore[index]
-        return losses, tokens
+        return dict.fromkeys(examples, 0.0), dict.fromkeys(examples, 0)
 
     return backward

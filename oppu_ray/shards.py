@@ -28,6 +28,7 @@ from torch import nn
 
 from oppu_ray.adapters import AdapterBank, scaling
 from oppu_ray.aggregation import (
+    RING_STEP,
     Arrays,
     RoundState,
     cut_rank,
@@ -42,7 +43,7 @@ from oppu_ray.config import Config, FederatedConfig, TrainConfig
 from oppu_ray.core import Example, TrainResult, UserWork
 from oppu_ray.packing import plan_user, user_seed
 from oppu_ray.prepared import Index, read_index
-from oppu_ray.privacy import clipped, gaussian, is_drawn, noise_key
+from oppu_ray.privacy import is_drawn, noise, noise_key, on_grid
 from oppu_ray.secure import Party, PublicKeys
 from oppu_ray.training import Backward, PackState, UserState, backward_step, learning_rate, train_pack
 from oppu_ray.workers import encode_base_users, open_base, reason_of
@@ -149,10 +150,11 @@ class Shard:
         """One round's training: (update [N] float32, mean loss of its steps in nats, weight).
 
         The weight is the tokens trained on. Under noise it is the number of users expected to be drawn, and the loss is
-        0: neither says anything about a user.
+        0: neither says anything about a user. The update is then float64, so that weight times update is, to the bit,
+        the noisy sum on the grid of `aggregation`'s integers: these add up to a sum with the noise of all shards.
 
         Raises:
-            ValueError: Training broke down.
+            ValueError: Training broke down, or `federated.clip_norm` is too small for the grid.
         """
         federated, adapt = self.federated, self.config.adapt
         factor = scaling(adapt.peft)
@@ -181,15 +183,17 @@ class Shard:
         if federated.noise_multiplier:
             total_N = np.zeros(len(before_N))
             for delta_N in deltas:
-                total_N += clipped(delta_N, federated.clip_norm)
-            # Every shard adds its part of the noise, so that the sum has enough of it if only so many answer.
+                total_N += on_grid([torch.from_numpy(delta_N)], federated.clip_norm, RING_STEP)[0].numpy()
+            # Every shard adds its part of the noise, so that the sum has enough of it if only so many answer. A sum of
+            # discrete Gaussians is one up to exp(-2 pi**2 sigma**2), sigma in grid steps: some 10**5 here (Kairouz, Liu
+            # and Steinke 2021, arXiv 2102.06387).
             least = quorum(federated, federated.num_shards)
             std = federated.noise_multiplier * federated.clip_norm / math.sqrt(least)
             # Of this very state: were it of the round alone, a round run again from another would show it twice.
             name = f"round {state.num_rounds} {hashlib.sha256(write_state(state)).hexdigest()}"
-            total_N += gaussian(self.key, name, len(total_N), std)
+            total_N += noise(self.key, name, len(total_N), std, RING_STEP)
             weight = federated.client_share * len(self.examples)
-            return (total_N / weight).astype(np.float32), 0.0, weight
+            return total_N * RING_STEP / weight, 0.0, weight
         if not works:
             return np.zeros_like(before_N), 0.0, 0.0  # nobody was drawn
         if not deltas:

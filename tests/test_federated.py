@@ -18,7 +18,7 @@ from tiny import tiny_base
 
 from oppu_ray import federated
 from oppu_ray.adapters import scaling
-from oppu_ray.aggregation import Arrays, RoundState, flatten, linear_name, trained_keys, unflatten
+from oppu_ray.aggregation import RING_STEP, Arrays, RoundState, flatten, linear_name, trained_keys, unflatten
 from oppu_ray.base_model import Base, load_base
 from oppu_ray.cli import main
 from oppu_ray.config import Config, load_config
@@ -356,6 +356,25 @@ def test_noise_is_enough_if_only_the_least_answer_and_the_key_is_the_shards_own(
     noises.append(shards_of(config, base, tmp_path)[0].update(other)[0] * 2)
     assert np.abs(np.corrcoef(noises)[~np.eye(NUM + 1, dtype=bool)]).max() < 0.2  # nor twice over another state
     assert len({(tmp_path / f"{n}.key").read_bytes() for n in range(NUM)}) == NUM
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_noisy_sum_arrives_as_whole_steps_of_the_grid(
+    prepared: Path, base: Base, tmp_path: Path, secure: bool
+) -> None:
+    config = configured(prepared, client="user", noise_multiplier=2.0, clip_norm=0.5, num_rounds=1, secure=secure)
+    state, shards = first_state(config, base), shards_of(config, base, tmp_path)
+    alone = {number: shard.update(state) for number, shard in shards.items()}
+    (tmp_path / "rounds").mkdir()
+    for number in shards:
+        (tmp_path / f"{number}.key").rename(tmp_path / "rounds" / f"shard-{number}.key")
+    after, records = rounds(config, base, tmp_path / "rounds")
+    units = {number: delta * weight / RING_STEP for number, (delta, _, weight) in alone.items()}
+    assert all(delta.dtype == np.float64 and np.abs(own - np.rint(own)).max() < 1e-3
+               for (delta, *_), own in zip(alone.values(), units.values(), strict=True))  # fmt: skip
+    keys = trained_keys(state.adapter, "ffa")
+    total = sum(np.rint(own) for own in units.values()) * RING_STEP / records[0]["weight"]
+    assert np.array_equal(flatten(after, keys), flatten(state.adapter, keys) + total.astype(np.float32))
 
 
 def test_the_cost_in_privacy_stands_in_the_result(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

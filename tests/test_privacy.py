@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from line_tools import adapters, oppu, result, run_dir, tagging_user, write_config, write_users
 from tiny import tiny_base
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from oppu_ray import stages
 from oppu_ray.config import PeftConfig, PrivacyConfig, TrainConfig, load_config
 from oppu_ray.core import Example, UserWork
-from oppu_ray.privacy import clipped, epsilon, gaussian, is_drawn, noise_key, num_looks, private_backward
+from oppu_ray.privacy import epsilon, fine_grid, is_drawn, noise, noise_key, num_looks, on_grid, private_backward
 from oppu_ray.training import attached, backward_step, train_pack
 from oppu_ray.vault import Vault
 
@@ -50,14 +51,14 @@ def gradients(model: AutoModelForCausalLM, pack: list[UserWork], privacy: Privac
         return np.concatenate([stack.grad[slot].numpy().reshape(-1) for stack in bank.stacks().values()])  # type: ignore[index]
 
 
-def test_noise_is_normal_and_repeats_under_its_name_alone() -> None:
-    drawn = gaussian(KEY, "round 1", 200_001, 3.0)
-    assert len(drawn) == 200_001 and np.array_equal(drawn[:1000], gaussian(KEY, "round 1", 200_001, 3.0)[:1000])
-    assert abs(drawn.mean()) < 0.03 and abs(drawn.std() - 3.0) < 0.03
-    assert abs((np.abs(drawn) < 3.0).mean() - 0.6827) < 0.005 and np.abs(drawn).max() > 3 * 3.5
+def test_noise_is_whole_steps_of_a_grid_of_the_promised_size_and_repeats_under_its_name_alone() -> None:
+    drawn = noise(KEY, "round 1", 200_001, 3.0, 0.125)
+    assert len(drawn) == 200_001 and np.array_equal(drawn, noise(KEY, "round 1", 200_001, 3.0, 0.125))
+    assert np.array_equal(drawn, np.rint(drawn)) and drawn.std() * 0.125 == pytest.approx(3.0, rel=0.01)
+    assert noise(KEY, "round 1", 200_001, 2.99, 0.125).std() * 0.125 >= 2.99  # between two grid steps the larger
     for key, name in ((KEY, "round 2"), (bytes(32), "round 1")):
-        other = gaussian(key, name, 200_001, 3.0)
-        assert abs(np.corrcoef(drawn, other)[0, 1]) < 0.01
+        assert abs(np.corrcoef(drawn, noise(key, name, 200_001, 3.0, 0.125))[0, 1]) < 0.01
+    assert not noise(KEY, "round 1", 5, 0.0, 0.125).any()
 
 
 def test_users_are_drawn_each_by_themselves() -> None:
@@ -76,9 +77,37 @@ def test_the_key_is_drawn_once_for_its_owner_alone(tmp_path: Path) -> None:
         noise_key(path)
 
 
-def test_clipping_shortens_only_what_is_too_long() -> None:
-    long, short = np.full(4, 3.0), np.full(4, 0.1)
-    assert np.linalg.norm(clipped(long, 2.0)) == pytest.approx(2.0) and np.array_equal(clipped(short, 2.0), short)
+@pytest.mark.parametrize("scale", [1e-6, 0.01, 1.0, 1e6])
+@pytest.mark.parametrize("grid", [2.0**-6, 2.0**-12, fine_grid(1.0)])
+def test_what_is_cut_and_rounded_is_on_the_grid_and_never_longer_than_the_norm(scale: float, grid: float) -> None:
+    torch.manual_seed(0)
+    for parts in ([scale * torch.randn(40, 5), scale * torch.randn(300)], [torch.full((500,), scale)]):
+        units = on_grid(parts, 1.0, grid)
+        flat = torch.cat([part.reshape(-1) for part in units])
+        assert flat.dtype == torch.float64 and torch.equal(flat, flat.round())
+        assert sum(int(unit) ** 2 for unit in flat.tolist()) <= (1.0 / grid) ** 2
+        if scale == 0.01:  # short enough: rounded, and not cut
+            before = torch.cat([part.reshape(-1) for part in parts])
+            assert (flat * grid - before).abs().max() <= grid / 2
+
+
+def test_rounding_up_everywhere_does_not_make_a_vector_longer_than_the_norm() -> None:
+    grid, num = 2.0**-8, 4096
+    value = 3.5001 * grid  # each would be rounded to 4 steps
+    norm = value * math.sqrt(num)
+    (units,) = on_grid([torch.full((num,), value, dtype=torch.float64)], norm, grid)
+    assert float((units * grid).norm()) <= norm < 4 * grid * math.sqrt(num)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_adds_nothing(bad: float) -> None:
+    units = on_grid([torch.ones(3), torch.tensor([1.0, bad])], 1.0, 0.01)
+    assert [part.tolist() for part in units] == [[0.0] * 3, [0.0] * 2]
+
+
+def test_a_grid_that_is_too_coarse_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"clip_norm is 0.1; expected one that is large against rounding, 0.5"):
+        on_grid([torch.ones(100)], 0.1, 0.05)
 
 
 def test_epsilon_is_above_the_exact_one_and_moves_the_right_way() -> None:
@@ -124,6 +153,26 @@ def test_one_item_moves_a_gradient_no_further_than_its_bound(model: AutoModelFor
     noises = [3 * gradients(model, [one], noisy) - still for one, still in ((user(0), with_item), (fewer, without))]
     assert all(noise.std() == pytest.approx(0.25, rel=0.1) for noise in noises)
     assert abs(np.corrcoef(noises)[0, 1]) < 0.1  # never the same noise over other items
+
+
+def test_the_bits_of_a_noisy_gradient_lie_on_the_grid(model: AutoModelForCausalLM) -> None:
+    privacy, pack = PrivacyConfig(1.0, 0.25), [user(0)]
+    with attached(model, pack, TRAIN) as bank:
+        bank.start(0, TRAIN.peft, 0)
+        private_backward(privacy, pack, KEY)(bank, {0: EXAMPLES}, replace(TRAIN, items_per_step=1), 0)
+        gradient = torch.cat([stack.grad[0].reshape(-1) for stack in bank.stacks().values()])  # type: ignore[index]
+    steps = gradient.double() / fine_grid(0.25)
+    small = steps[steps.abs() < 2**24]  # larger ones are rounded to float32 afterwards
+    assert len(small) > 0.3 * len(steps) and torch.equal(small, small.round())
+    assert len(torch.unique(small % 16)) == 16
+
+
+def test_nothing_that_has_no_noise_leaves_a_private_step(model: AutoModelForCausalLM) -> None:
+    """Losses and counts of tokens would tell two histories apart; so would an error over one item."""
+    for examples in (EXAMPLES, EXAMPLES[:1] * 3):
+        pack = [user(0, examples)]
+        (done,) = train_pack(model, pack, TRAIN, backward=private_backward(PrivacyConfig(1.0), pack, KEY))
+        assert (done.losses, done.num_useful_tokens, done.error) == ((0.0, 0.0), 0, None)
 
 
 def test_a_users_private_gradient_is_theirs_alone(model: AutoModelForCausalLM) -> None:
