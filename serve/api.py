@@ -275,7 +275,12 @@ async def _events(request: Request, ask: Ask) -> AsyncGenerator[Event, None]:
     deadline = loop.time() + ask.deadline_s
     try:
         async with aclosing(state.backend.ask(ask)) as events:
-            while (event := await asyncio.wait_for(anext(events, None), deadline - loop.time())) is not None:
+            while True:
+                # Not `wait_for`: its task may still run when the client hangs up, and the generator cannot be closed.
+                async with asyncio.timeout_at(deadline):
+                    event = await anext(events, None)
+                if event is None:
+                    return
                 yield event
     except TimeoutError:
         yield Failed(504, "deadline_exceeded", f"no answer within {ask.deadline_s:g} s")

@@ -119,13 +119,16 @@ class Failed:
 Event = Started | Delta | Finished | Failed
 INTERNAL_ERROR = Failed(500, "internal_error", "the request failed; it is logged")
 
-_NUMBERS: dict[str, tuple[float, float]] = {
+_INTEGERS = {
     "top_k": (0, MAX_TOP_K),
     "max_tokens": (1, 2**31),
-    "temperature": (0, 1e6),
-    "top_p": (0, 1),
     "seed": (-(2**63), 2**63 - 1),
     "num_logprobs": (0, MAX_LOGPROBS),
+}
+_NUMBERS: dict[str, tuple[float, float]] = {
+    **_INTEGERS,
+    "temperature": (0, 1e6),
+    "top_p": (0, 1),
     "deadline_s": (0, 1e9),
 }
 
@@ -136,13 +139,14 @@ def check_ask(ask: Ask) -> None:
     Raises:
         InputError: A text has a lone surrogate, or a number is out of range; names the field.
     """
-    fields = asdict(ask)
-    for name, value in fields.items():
+    for name, value in asdict(ask).items():
         if name in _NUMBERS:
             low, high = _NUMBERS[name]
+            kind, kinds = (int, "an integer") if name in _INTEGERS else (int | float, "a number")
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
             # The number itself is left out: Python refuses to write one of more than 4,300 digits.
-            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-                raise InputError(f"{name}: expected a number from {low:g} to {high:g}")
+            if value is not None and not (is_number and low <= value <= high):
+                raise InputError(f"{name}: expected {kinds} from {low:g} to {high:g}")
         else:
             check_unicode(name, _texts(value))
 

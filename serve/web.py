@@ -35,7 +35,8 @@ def create_web(backend: Backend, config: Config, count: Callable[[str, int], Non
     Args:
         count: Called with (route, status) of every response.
     """
-    app = FastAPI(title="oppu-ray", version=__version__, docs_url=None, redoc_url=None)
+    # A redirect to the path with a slash would echo the Host header, and fails for a query that is not UTF-8.
+    app = FastAPI(title="oppu-ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.backend, app.state.config, app.state.underway = backend, config, Counter()
     app.add_middleware(Guard, count=count)
     add_error_handlers(app)

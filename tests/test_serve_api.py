@@ -29,7 +29,7 @@ from oppu_ray.registry import Refused, RegistryError
 from oppu_ray.tasks import get_task
 from oppu_ray.vault import CorruptError, DiskError
 from serve.api import _collect
-from serve.messages import Event, Failed, Finished, Started
+from serve.messages import Ask, Event, Failed, Finished, Started
 
 JSON = {"content-type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -587,6 +587,35 @@ def test_a_client_that_hangs_up_in_a_stream_frees_its_place(web: Web, ann: TestC
             await until(lambda: len(backend.closed) == len(backend.asked))
 
     asyncio.run(run())
+
+
+def test_a_client_that_hangs_up_is_no_fault_though_its_answer_takes_a_moment_to_end(
+    web: Web, ann: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, _ = web
+    ask, token = backend.ask, token_of(backend.vault, "ann")
+    ended = []
+
+    async def slow(asked: Ask) -> AsyncGenerator[Event, None]:
+        try:
+            async for event in ask(asked):
+                yield event
+        finally:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+            ended.append(True)
+
+    async def run() -> None:
+        backend.wait, disconnect = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(call(ann.app, token, {"prompt": "a", "stream": True}, disconnect))
+        await until(lambda: len(backend.asked) == 1)
+        disconnect.set()
+        await task
+        assert ended
+
+    monkeypatch.setattr(backend, "ask", slow)
+    asyncio.run(run())
+    assert not caplog.text
 
 
 def test_an_answer_that_takes_too_long_is_a_504_and_is_cancelled(web: Web, ann: TestClient) -> None:

@@ -357,10 +357,10 @@ def hostile_asks() -> dict[str, dict[str, Any]]:
     numbers = {
         "temperature": (-1.0, float("nan"), float("inf"), 10**400),
         "top_p": (0.0, -0.5, 1.5, float("nan"), 10**5000),
-        "max_tokens": (-1, 10**400, 10**5000),
-        "num_logprobs": (-1, 21, 10**5000),
-        "top_k": (-1, 33),
-        "seed": (10**5000,),
+        "max_tokens": (-1, 10**400, 10**5000, 4.0, True),
+        "num_logprobs": (-1, 21, 10**5000, 1.0, True),
+        "top_k": (-1, 33, 1.0),
+        "seed": (10**5000, 0.5),
         "deadline_s": (float("nan"), -1.0),
     }
     more = {
