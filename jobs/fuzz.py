@@ -2,8 +2,9 @@
 
 In: small valid samples of what each door takes. Out: `runs/fuzz/result.json`, with every input that crashed one; ends
 with 1 if there was any. A door may refuse an input by a `ValueError` (over HTTP by a 4xx in JSON), nothing else: any
-other exception, an answer of 500 or above, or more than `LIMIT_S` for one input is a crash. Input n of a door is made
-from the seed, the door's name and n alone: `--only DOOR --first N --inputs 1` is that one again.
+other exception, an answer of 500 or above, a stream that is cut off, a dead engine, or more than `LIMIT_S` for one
+input is a crash. Input n of a door is made from the seed, the door's name and n alone: `--only DOOR --first N --inputs
+1` is that one again; what the inputs before it left in a vault is not.
 
 A reader might question mutations of samples instead of a fuzzer that is guided by coverage: it needs no instrumented
 build, so it runs where the tests run, and a crash is replayed by a number.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import io
 import json
 import random
@@ -28,10 +30,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from oppu_ray import archive, vault
 from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, encode_adapter, load_adapter
 from oppu_ray.config import BaseConfig, DataConfig, TaskConfig, load_config
 from oppu_ray.configs import find_config
+from oppu_ray.core import Item
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import Receipt, read_receipt
 from oppu_ray.history import load_histories, read_items
@@ -42,11 +47,14 @@ from oppu_ray.retrieval import vectors_from_bytes, vectors_to_bytes
 from oppu_ray.sharding import read_settings
 from oppu_ray.tasks import get_task
 from oppu_ray.vault import Vault
-from tests.serve_tools import token_of, web_of
+from serve.messages import INTERNAL_ERROR, Ask, Event, Failed, Finished, Turn
+from serve.replica import Replica
+from tests.serve_tools import real_web_of, token_of
+from tests.tiny import tiny_base
 from tests.vault_tools import make_adapter, make_items, make_manifest
 
 LIMIT_S = 10
-SHARES = {"http": 0.3}
+SHARES = {"http": 0.5, "ask": 0.1}
 """Of all inputs; the other doors share the rest equally."""
 Door = Callable[[random.Random], object]
 
@@ -69,6 +77,7 @@ class Crash:
 
 NASTY: list[Any] = [
     None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\0", "\ud800", "\u202e",
+    "\x1c", "\u2028", "\ufeff", "\ufdd0\U0010ffff", "e\u0301" * 40, "\udbff\udbff", "<|im_start|>", "<|endoftext|>",
     "a" * 5000, "../../etc/passwd", "/dev/zero", "{0.__class__}", "%s%n", "<|im_end|>", "' OR 1=1 --", "(a+)+$",
     [], {}, [[]], {"": {}},
 ]  # fmt: skip
@@ -121,6 +130,20 @@ def mutate_json(draw: random.Random, value: Any) -> Any:
     return draw.choice(NASTY)
 
 
+def reworded(draw: random.Random, value: Any) -> Any:
+    """The same value with some of its texts replaced: of the right type, so that it comes further than the door."""
+    if isinstance(value, dict):
+        return {key: reworded(draw, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [reworded(draw, part) for part in value]
+    return hostile_text(draw) if isinstance(value, str) and draw.random() < 0.2 else value
+
+
+def hostile_text(draw: random.Random) -> str:
+    texts = [one for one in NASTY if isinstance(one, str)]
+    return "".join(draw.choice([*texts, "a film", "comedy "]) for _ in range(draw.randint(1, 3)))
+
+
 def spoiled(draw: random.Random, sample: Any) -> bytes:
     """A JSON value as bytes, changed as JSON or as bytes."""
     if draw.random() < 0.5:
@@ -138,7 +161,7 @@ def doors(folder: Path) -> dict[str, Door]:
     made = [
         config_door, jsonl_door, lamp_door, table_door, chitchat_door, items_door, adapter_door, archive_door,
         manifest_door, stored_items_door, profile_door, vectors_door, settings_door, index_door, receipt_door,
-        http_door,
+        http_door, ask_door,
     ]  # fmt: skip
     found = {}
     for make in made:
@@ -379,12 +402,15 @@ def receipt_door(folder: Path) -> Door:
     return lambda draw: read_receipt(spoiled(draw, sample).decode())
 
 
-BODIES: dict[str, Any] = {
+ANSWERS: dict[str, Any] = {
     "/v1/chat/completions": {
         "model": "oppu",
         "messages": [{"role": "user", "content": "hi"}],
         "max_tokens": 4,
         "stop": ["x"],
+        "stream": True,
+        "logprobs": True,
+        "top_logprobs": 2,
     },
     "/v1/completions": {
         "model": "task",
@@ -395,6 +421,8 @@ BODIES: dict[str, Any] = {
         "temperature": 0.5,
     },
     "/v1/personalize": {"input": {"text": "a film"}, "arm": "rag", "top_k": 2, "task": "movie_tagging"},
+}
+BODIES: dict[str, Any] = {
     "/v1/me/history": {"items": [{"item_id": "9", "text": "film", "label": "comedy", "time": "2020"}]},
     "/v1/me/history/forget": {"item_ids": ["9"]},
     "/v1/admin/users": {"user_id": "eve"},
@@ -407,44 +435,140 @@ READ = [
 METHODS = ["GET", "POST", "POST", "POST", "DELETE", "PUT", "HEAD", "OPTIONS", "BREW"]
 
 
-def http_door(folder: Path) -> Door:
-    """The whole application, called as a server would, without a socket; a new vault every thousand requests."""
-    state: dict[str, Any] = {"left": 0}
+class Served:
+    """The whole application on a replica and a trainer with a tiny model; users ann, with an adapter, and bob."""
 
-    def renew(number: int) -> None:
-        state["backend"], client = web_of(folder / str(number))
-        state["app"], state["left"] = client(None).app, 1000
-        known: Vault = state["backend"].vault
-        state["tokens"] = [token_of(known, user) for user in ("ann", "bob")]
-        state["tokens"] += [token_of(known, None, role) for role in ("operator", "reader")]
+    def __init__(self, folder: Path):
+        self.folder, self._base, self._number = folder, tiny_base(folder / "base"), 0
+        torch.set_num_threads(1)
+        self._open()
+
+    def renew(self) -> None:
+        """A new vault, engine and trainer: what was sent before must not slow down or explain what comes."""
+        self.backend.close()
+        self._open()
+
+    def _open(self) -> None:
+        self._number += 1
+        self.backend, client = real_web_of(self.folder / str(self._number), self._base)
+        self.app, self.left = client(None).app, 1000
+        known = self.backend.vault
+        self.users = [str(known.user_hash(user)) for user in ("ann", "bob")]
+        self.tokens = [token_of(known, user) for user in ("ann", "bob")]
+        self.tokens += [token_of(known, None, role) for role in ("operator", "reader")]
+        for user in ("ann", "bob"):
+            known.append_history(user, make_items(*(f"{user}-{number}" for number in range(4)), label="comedy"))
+        self.backend.trainer.start(self.users[0])
+        while self.backend.trainer.status(self.users[0]).state in ("queued", "training"):
+            time.sleep(0.01)
+        assert known.registry.current(self.users[0]) is not None
+
+    def check(self) -> None:
+        """AssertionError or RuntimeError if an input did lasting harm: to the engine, or to a training."""
+        self.backend.replica.loop.check()
+        for user in self.users:
+            status = self.backend.trainer.status(user)
+            assert INTERNAL_ERROR.message not in status.error, f"training: {status}"
+
+
+def check_answer(served: Served, where: str, status: int, content: bytes) -> None:
+    """AssertionError if an answer over HTTP blames us for the input, or shows what is not the client's to see."""
+    assert status < 500, f"{where}: status {status}: {content[:200]!r}"
+    if status >= 400:
+        assert json.loads(content)["error"]["message"], f"{where}: no error in JSON"
+        for hidden in (str(served.folder), *served.users, "Traceback"):
+            assert hidden.encode() not in content, f"{where}: {hidden} in {content[:200]!r}"
+    elif content.startswith(b"data: "):
+        lines = content.decode().removesuffix("\n\n").split("\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        assert lines[-1] == "data: [DONE]" and events, f"{where}: the stream was cut off: {content[-200:]!r}"
+        assert not any("error" in event for event in events), f"{where}: {events[-1]}"
+
+
+def http_door(folder: Path) -> Door:
+    """The application, called as a server would, without a socket."""
+    served = Served(folder)
 
     def door(draw: random.Random) -> object:
-        if not state["left"]:
-            renew(draw.getrandbits(64))
-        state["left"] -= 1
-        path = draw.choice([*BODIES, *READ])
-        body = spoiled(draw, BODIES[path]) if path in BODIES else b""
-        method = ("POST" if path in BODIES else "GET") if draw.random() < 0.8 else draw.choice(METHODS)
+        if not served.left:
+            served.renew()
+        served.left -= 1
+        path = draw.choice([*BODIES, *ANSWERS, *ANSWERS, *READ])
+        sample = {**BODIES, **ANSWERS}.get(path)
+        if sample and draw.random() < 0.4:
+            body = json.dumps(reworded(draw, sample)).encode()
+        else:
+            body = spoiled(draw, sample) if sample else b""
+        method = ("POST" if body else "GET") if draw.random() < 0.8 else draw.choice(METHODS)
         raw = path.encode() if draw.random() < 0.8 else mutate(draw, path.encode(), b"../%2e%2e/\0")
-        token = draw.choice(state["tokens"]).encode()
+        own = token = draw.choice(served.tokens[:2] if path in ANSWERS else served.tokens).encode()
         if draw.random() < 0.15:
-            token = mutate(draw, token, draw.choice(state["tokens"]).encode())
+            token = mutate(draw, token, draw.choice(served.tokens).encode())
         headers = [(b"authorization", b"Bearer " + token), (b"content-type", b"application/json"), (b"host", b"x")]
         if draw.random() < 0.2:
             headers.append(
                 (draw.choice([b"x-request-id", b"serve_multiplexed_model_id", b"cookie"]), mutate(draw, b"bob", b""))
             )
-        status, content = asyncio.run(respond(state["app"], method, raw, headers, body))
-        if status == 401 and draw.random() < 0.05:
-            state["left"] = 0  # somebody used DELETE /v1/me
-        assert status < 500, f"{method} {path}: status {status}: {content[:200]!r}"
-        if status >= 400 and method != "HEAD":
-            assert json.loads(content)["error"]["message"], f"{method} {path}: no error in JSON"
+        status, content = asyncio.run(respond(served.app, method, raw, headers, body))
+        if status == 401 and token == own:
+            served.left = 0  # an input before was DELETE /v1/me
+        if method != "HEAD":
+            check_answer(served, f"{method} {path}", status, content)
+        served.check()
         if status >= 400:
             raise ValueError(f"status {status}")
         return status
 
     return door
+
+
+def ask_door(folder: Path) -> Door:
+    """The replica, asked without HTTP before it."""
+    served = Served(folder)
+
+    def door(draw: random.Random) -> object:
+        text = functools.partial(hostile_text, draw)
+
+        def number(good: float) -> Any:
+            numbers = [*(one for one in NASTY if isinstance(one, int | float)), 1.0, 1.5, True]
+            return draw.choice(numbers) if draw.random() < 0.1 else good
+
+        question: str | Item | tuple[Turn, ...] = draw.choice(["text", "item", "turns"])
+        if question == "item":
+            question = Item("", text=text(), keywords=text(), context=(text(),), options=(text(), text()))
+        elif question == "turns":
+            roles = ["user", "system", "assistant", text()]
+            question = tuple(Turn(draw.choice(roles), text()) for _ in range(draw.randint(0, 3)))
+        else:
+            question = text()
+        ask = Ask(
+            f"{draw.getrandbits(64)}",
+            draw.choice(served.users),
+            question,
+            use_adapter=draw.random() < 0.7,
+            top_k=number(draw.choice([0, 0, 3])),
+            max_tokens=number(4),
+            temperature=number(draw.choice([0.0, 0.7])),
+            top_p=number(0.9),
+            seed=number(1),
+            stop=tuple(text() for _ in range(draw.choice([0, 0, 2]))),
+            num_logprobs=number(2) if draw.random() < 0.5 else None,
+            stream=draw.random() < 0.5,
+        )
+        last = asyncio.run(last_event(served.backend.replica, ask))
+        served.check()
+        if isinstance(last, Failed):
+            assert last.status < 500, str(last)
+            raise ValueError(last.message)
+        assert isinstance(last, Finished)
+        return last
+
+    return door
+
+
+async def last_event(replica: Replica, ask: Ask) -> Event:
+    """How an answer ends."""
+    return [event async for event in replica.ask(ask)][-1]
 
 
 async def respond(
@@ -461,7 +585,9 @@ async def respond(
     incoming = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
-        return incoming.pop() if incoming else {"type": "http.disconnect"}
+        if not incoming:
+            await asyncio.Event().wait()  # the client listens until the end
+        return incoming.pop()
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)

@@ -1,17 +1,21 @@
-"""What the tests of serving share: a backend without an engine, and clients that are signed in."""
+"""What the tests of serving share: a backend without an engine, one with a tiny model, and clients that are signed in.
+
+torch and the tiny model are imported where they are used: most tests of HTTP do without.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
 
-from oppu_ray.config import Config, ServeConfig, TaskConfig
+from oppu_ray.config import BaseConfig, Config, EvalConfig, PeftConfig, ServeConfig, TaskConfig, TrainConfig
 from oppu_ray.core import AdapterState, InputError, Request, TokenEvent
 from oppu_ray.vault import Vault
 from serve.messages import Ask, Delta, Event, Failed, Finished, Refresh, Started, TokenLogprob
@@ -21,6 +25,16 @@ CONFIG = Config(
     task=TaskConfig(name="movie_tagging"),
     serve=ServeConfig(max_new_tokens=64, requests_per_user=2, deadline_s=5.0, max_items=20),
 )
+
+_TRAIN = TrainConfig(max_steps=1, items_per_step=2, max_length=160, peft=PeftConfig(rank=2, alpha=4))
+REAL_CONFIG = replace(
+    CONFIG,
+    task=TaskConfig("movie_tagging", labels=("comedy", "sci-fi")),
+    personal=_TRAIN,
+    evaluate=EvalConfig(max_new_tokens=8),
+    serve=replace(CONFIG.serve, num_slots=2, max_rows=4, max_length=240, max_new_tokens=16, deadline_s=30.0),
+)
+"""For `real_web_of`: an answer or a training takes some hundredths of a second."""
 
 
 class FakeBackend:
@@ -76,18 +90,71 @@ class FakeBackend:
         return "ray_oppu_requests_total 1\n"
 
 
+class RealBackend:
+    """A replica and a trainer on a tiny model, in this process.
+
+    Args:
+        base: Folder of the tiny base.
+    """
+
+    def __init__(self, vault: Vault, config: Config, base: Path):
+        from oppu_ray.base_model import load_base
+        from serve.replica import Replica, make_engine
+        from serve.trainer import Trainer
+
+        def load() -> Any:
+            return load_base(BaseConfig(str(base), dtype="float32"))
+
+        self.vault, loaded = vault, load()
+        self.replica = Replica(config, loaded, vault, make_engine(config, loaded), "r1")
+        self.trainer = Trainer(config, vault, load)
+
+    async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        async with aclosing(self.replica.ask(ask)) as events:
+            async for event in events:
+                yield event
+
+    async def start_refresh(self, user_hash: str) -> Refresh:
+        return self.trainer.start(user_hash)
+
+    async def refresh_status(self, user_hash: str) -> Refresh:
+        return self.trainer.status(user_hash)
+
+    async def forget(self, user_hash: str) -> None:
+        await self.replica.forget(user_hash)
+
+    async def metrics(self) -> str:
+        return "ray_oppu_requests_total 1\n"
+
+    def close(self) -> None:
+        self.trainer.close()
+        self.replica.close()
+
+
 def web_of(folder: Path, config: Config = CONFIG) -> tuple[FakeBackend, Callable[[str | None], TestClient]]:
     """A backend on a new vault with users ann and bob, and a function from a token (or None) to a client."""
     vault = Vault(folder / "vault")
     vault.add_users(["ann", "bob"])
     backend = FakeBackend(vault)
-    app = create_web(backend, config, lambda route, status: backend.counted.append((route, status)))
+    count = lambda route, status: backend.counted.append((route, status))  # noqa: E731
+    return backend, _clients(create_web(backend, config, count))
 
+
+def real_web_of(folder: Path, base: Path) -> tuple[RealBackend, Callable[[str | None], TestClient]]:
+    """As `web_of`, on the real replica and trainer over the tiny base in `base`."""
+    config = replace(REAL_CONFIG, run_dir=str(folder), base=BaseConfig(str(base), dtype="float32"))
+    vault = Vault(folder / "vault")
+    vault.add_users(["ann", "bob"])
+    backend = RealBackend(vault, config, base)
+    return backend, _clients(create_web(backend, config, lambda route, status: None))
+
+
+def _clients(app: Any) -> Callable[[str | None], TestClient]:
     def client(token: str | None) -> TestClient:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         return TestClient(app, headers=headers)
 
-    return backend, client
+    return client
 
 
 def token_of(vault: Vault, user_id: str | None, role: str = "user", ttl_s: float | None = None) -> str:

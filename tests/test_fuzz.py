@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from serve_tools import token_of, web_of
 from vault_tools import make_adapter, make_manifest
 
 from jobs import fuzz
 from oppu_ray.adapter_files import CONFIG_NAME, load_adapter, save_adapter
 from oppu_ray.config import BaseConfig, DataConfig, TaskConfig, load_config
 from oppu_ray.history import load_histories
+from oppu_ray.inference import Engine
 from oppu_ray.prepared import INDEX_NAME, read_index
 from oppu_ray.sharding import read_settings
 from oppu_ray.vault import CorruptError, decode_items, decode_manifest, encode_manifest
+from serve.messages import Ask
+from serve.replica import Replica
 
 DEEP = b"[" * 100_000
 
@@ -51,12 +57,57 @@ def test_a_hanging_door_is_a_crash(tmp_path: Path) -> None:
     assert crash.error.startswith("Hung")
 
 
+def test_the_http_door_reaches_the_replica_and_sees_what_breaks_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door, asked = fuzz.http_door(tmp_path), list[str]()
+
+    def broken(replica: Replica, ask: Ask) -> None:
+        asked.append(ask.request_id)
+        raise TypeError("the canary")
+
+    monkeypatch.setattr(Replica, "_prepare", broken)
+    _, crashes = fuzz.try_inputs("http", door, seed=1, first=0, count=80)
+    assert 0 < len(asked) == len(crashes) and all("internal_error" in one.error for one in crashes)
+
+
+def test_a_dead_engine_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    door = fuzz.ask_door(tmp_path)
+
+    def broken(engine: Engine) -> None:
+        raise TypeError("the canary")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    _, crashes = fuzz.try_inputs("ask", door, seed=1, first=0, count=20)
+    assert crashes and all("the engine died" in one.error for one in crashes)
+
+
+def test_a_stream_that_is_cut_off_or_ends_in_an_error_and_a_path_in_an_answer_are_crashes(tmp_path: Path) -> None:
+    served: Any = SimpleNamespace(folder=tmp_path, users=["0" * 64])
+    good = b'data: {"choices": []}\n\ndata: [DONE]\n\n'
+    fuzz.check_answer(served, "GET /", 200, good)
+    bad = [(200, good[:-16]), (200, b'data: {"error": {}}\n\n' + good), (500, b"{}")]
+    bad += [(400, json.dumps({"error": {"message": text}}).encode()) for text in (str(tmp_path / "vault"), "0" * 64)]
+    for status, content in bad:
+        with pytest.raises(AssertionError):
+            fuzz.check_answer(served, "GET /", status, content)
+
+
 def test_an_input_is_made_again_from_its_number(tmp_path: Path) -> None:
     (made, again) = (fuzz.spoiled(random.Random("0/items/5"), fuzz.users_sample()) for _ in range(2))
     assert made == again != fuzz.spoiled(random.Random("0/items/6"), fuzz.users_sample())
 
 
 # ---- what broke once
+
+
+@pytest.mark.parametrize("path", ["/v1/me/", "/v1/models/", "/static", "/docs/", "//"])
+def test_a_path_with_a_slash_too_many_is_a_404_whatever_is_in_its_query(tmp_path: Path, path: str) -> None:
+    backend, client = web_of(tmp_path)
+    headers = [(b"authorization", f"Bearer {token_of(backend.vault, 'ann')}".encode()), (b"host", b"evil.example")]
+    for query in (b"", b"?a=\xff", b"?\xed\xa0\x80"):
+        status, content = asyncio.run(fuzz.respond(client(None).app, "GET", path.encode() + query, headers, b""))
+        assert status == 404 and b"evil" not in content
 
 
 def test_a_manifest_whose_checksums_are_no_table_is_corrupt() -> None:

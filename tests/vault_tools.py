@@ -47,8 +47,8 @@ def make_manifest(item_ids: tuple[str, ...] = ("1", "2"), run_id: str = "", base
     return Manifest(base, "task-1", item_ids, {"epochs": 3}, seed=7, metrics={"loss": 0.5}, run_id=run_id)
 
 
-def make_items(*item_ids: str) -> list[Item]:
-    return [Item(item_id, time="2024-01-01", text=f"text of {item_id}", label="a") for item_id in item_ids]
+def make_items(*item_ids: str, label: str = "a") -> list[Item]:
+    return [Item(item_id, time="2024-01-01", text=f"text of {item_id}", label=label) for item_id in item_ids]
 
 
 def same(a: AdapterState, b: AdapterState) -> bool:
