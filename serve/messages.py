@@ -7,6 +7,7 @@ text. A `Failed` holds what the client may read and nothing else; `failure_of` m
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass
@@ -137,8 +138,10 @@ def check_ask(ask: Ask) -> None:
     """Check what HTTP requests are checked for before, for callers that make an `Ask` themselves.
 
     Raises:
-        InputError: A text has a lone surrogate, or a number is out of range; names the field.
+        InputError: A text has a lone surrogate, a number is out of range, or the hash is none; names the field.
     """
+    if not re.fullmatch("[0-9a-f]{64}", ask.user_hash):
+        raise InputError("user_hash: expected 64 hex digits")
     for name, value in asdict(ask).items():
         if name in _NUMBERS:
             low, high = _NUMBERS[name]
