@@ -17,6 +17,7 @@ from pathlib import Path
 
 from oppu_ray.adapter_files import CONFIG_NAME, TENSORS_NAME, encode_adapter
 from oppu_ray.core import InputError
+from oppu_ray.registry import Refused
 from oppu_ray.vault import (
     BLOB_NAME,
     COMMIT_TTL_S,
@@ -112,7 +113,10 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
     try:
         if vault.registry.has_user(user_hash):
             raise ValueError(f"user {user_hash[:12]}: exists already; an import makes a new user")
-        with disk_errors(user_hash, "import"):
+        with disk_errors(user_hash, "import"), vault.only_writer(user_hash) as is_alone:
+            if not is_alone:
+                raise Refused(f"user {user_hash[:12]}: another process writes files of the user; try again")
+            vault.registry.check_lease(lease)  # the same archive may be imported twice at once
             vault.make_folder(stage)
             segments = [vault.write_segment(user_hash, 1, items, stage)] if items else []
             for name, data in blobs.items():
@@ -126,13 +130,11 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
                 sync_folder(stage / "adapters")
             folder = vault.user_folder(user_hash)
             vault.make_folder(folder.parent)
-            with vault.alone():
-                vault.registry.check_lease(lease)  # the same archive may be imported twice at once
-                if folder.exists():  # left by a crash: no such user is registered, and we hold the lease
-                    remove(folder)
-                step(os.rename, stage, folder)
-                sync_folder(folder.parent)
-                step(vault.registry.import_user, lease, segments, row)
+            if folder.exists():  # left by a crash: no such user is registered, and we hold the lease
+                remove(folder)
+            step(os.rename, stage, folder)
+            sync_folder(folder.parent)
+            step(vault.registry.import_user, lease, segments, row)
     finally:
         if stage.exists():
             remove(stage)

@@ -13,6 +13,8 @@ hashes: they must not keep what was forgotten.
 from __future__ import annotations
 
 import gzip
+import hashlib
+import hmac
 import json
 import mmap
 import os
@@ -30,6 +32,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from oppu_ray.core import InputError, UserHistory, check_unicode
+from oppu_ray.following import wait_for_followers
 from oppu_ray.prepared import INDEX_NAME, USERS_NAME, Keep, forget_prepared, read_index, read_users
 from oppu_ray.registry import HistoryChanged, Refused, UserHash, Version
 from oppu_ray.vault import (
@@ -37,7 +40,6 @@ from oppu_ray.vault import (
     Vault,
     disk_errors,
     remove,
-    sha256,
     step,
     sync_folder,
     write_file,
@@ -47,17 +49,27 @@ Gone = Callable[[str], bool]
 """Whether an item is forgotten, by its id."""
 
 
+BEYOND = ("backups and copies elsewhere", "memory and temporary files of other programs", "other machines' disks")
+"""What no receipt proves."""
+
+
 @dataclass(frozen=True)
 class Receipt:
-    """What was removed, when, and how what is left hashes.
+    """What was removed, when, where it was looked for, and how what is left hashes.
+
+    Digests are keyed by the vault: a digest of a short text that anybody can compute tells the text.
 
     Args:
         items: Keyed hashes of the forgotten items; empty when the whole user was forgotten.
-        removed: (path, SHA-256 before) of each removed or rewritten file, sorted.
-        before: SHA-256 over all (path, SHA-256) of the user before; `after`: of what is left of them.
+        removed: (path, digest before) of each removed or rewritten file, sorted. Paths in the vault are relative to the
+            user's folder, all others to the folder in which the run's folder lies.
+        before: Digest over all (path, digest) of the user before; `after`: of what is left of them.
         time: Unix seconds.
         needs_training: Adapter versions that had seen the items are gone; train the user again without them.
         public_key: Ed25519, hex, as is the `signature` over all other fields as sorted JSON.
+        line: Of the audit log.
+        checked: Where everything was removed: the vault, folders, processes that have dropped the user.
+        not_checked: Where something may be left: processes that did not answer, what this cannot reach.
     """
 
     receipt_id: str
@@ -70,6 +82,9 @@ class Receipt:
     needs_training: bool
     public_key: str
     signature: str = ""
+    line: int = 0
+    checked: tuple[str, ...] = ()
+    not_checked: tuple[str, ...] = ()
 
 
 def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receipt:
@@ -77,36 +92,33 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
 
     In `folders` go: what is named by the user's hash, checkpoints they are in, their part of prepared histories, and
     every line of a `.jsonl[.gz]` file with their `user_id`, or with an answer of their adapter to another's query.
-    After a crash in the middle, call it again.
+    Then it waits until every process that caches users' data has dropped the user (`following`), or for
+    `following.WAIT_S`. After a crash in the middle, call it again.
 
     Raises:
         ValueError: No such user, or a file could not be removed.
     """
     user_hash = vault.user_hash(user)
-    folder, key = vault.user_folder(user_hash), vault.user_folder(user_hash, "keys")
-    with vault.alone(), disk_errors(user_hash, "forget"):
+    with disk_errors(user_hash, "forget"):
         is_spoken_of = _speaking(vault, user_hash, folders, None)  # asked of all, as it also fails before anything goes
-        is_known = vault.registry.has_user(user_hash) or folder.exists() or user_hash in _forgotten(vault, user_hash)[0]
+        is_known = _has_anything(vault, user_hash) or user_hash in _forgotten(vault, user_hash)[0]
         if not (is_known or is_spoken_of):
             raise InputError(f"user {user_hash[:12]}: no such user")
-        before = _inventory(vault, user_hash)
-        step(vault.registry.delete_user, user_hash)
-        if key.exists():
-            remove(key)
-        if os.path.lexists(folder):  # one rename, so that a crash leaves no half folder under the user's name
-            step(os.rename, folder, vault.root / "tmp" / f"{user_hash}-{secrets.token_hex(8)}")
-            sync_folder(folder.parent)
-        for path in vault.root.glob(f"tmp/{user_hash}-*"):
-            remove(path)
+        with vault.only_writer(user_hash) as is_alone:
+            before = _inventory(vault, user_hash)
+            line = step(vault.registry.delete_user, user_hash)
+            vault.remove_files(user_hash)
         outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, None, is_known)]
-        return _receipt(vault, user_hash, (), before, before + outside, needs_training=False)
+        places = _places(vault, line, folders, is_alone)
+        return _receipt(vault, user_hash, line, (), before, before + outside, False, *places)
 
 
 def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequence[Path] = ()) -> Receipt:
     """Remove items from a user's history, and everything that was made from them.
 
     Adapter versions trained on them go (a version not trained on them takes over, if there is one), and so do running
-    leases, profile and index, what is quarantined, and in `folders` what `forget_user` names, but for other items.
+    leases, profile and index, what is quarantined, and in `folders` what `forget_user` names, but for other items. It
+    waits as `forget_user` does.
 
     Raises:
         ValueError: No such user or item, the history is corrupt, or a file could not be removed.
@@ -115,36 +127,37 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
     check_unicode(f"user {user_hash[:12]}: item ids", items)
     hashes = {item: vault.item_hash(user_hash, item) for item in sorted(items)}
     folder = vault.user_folder(user_hash)
-    if unknown := _unknown_items(vault, user_hash, hashes, folders):
-        raise InputError(f"user {user_hash[:12]}: has no item {min(unknown)!r}")
-    with vault.alone(), disk_errors(user_hash, "forget items of"):
-        rows = vault.registry.versions(user_hash)
-        seen = {row.version: _items_of(vault, row) for row in rows}
+    with disk_errors(user_hash, "forget items of"):
+        if unknown := _unknown_items(vault, user_hash, hashes, folders):
+            raise InputError(f"user {user_hash[:12]}: has no item {min(unknown)!r}")
         begun = _begun(vault, user_hash)
         vault.read_history(UserHash(user_hash))  # raises for what cannot be read, as does the next: nothing is gone yet
         _speaking(vault, user_hash, folders, items.__contains__)
-        gone = {version for version, ids in seen.items() if ids is None or ids & items}
-        before = _inventory(vault, user_hash)
-        step(vault.registry.delete_versions, user_hash, gone, list(hashes.values()))
-        kept = seen.keys() - gone
-        made_from_them = [path for path in folder.glob("adapters/*") if path.name not in kept]
-        made_from_them += [*folder.glob("quarantine/*"), *folder.glob("blobs/*")]
-        for path in [*made_from_them, *vault.root.glob(f"tmp/{user_hash}-*")]:
-            remove(path)
-        outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, items.__contains__)]
-        while vault.registry.has_user(user_hash):
-            history = vault.history(UserHash(user_hash))
-            for path in vault.unlisted_segments(folder):  # left by appends that were cut short
+        with vault.only_writer(user_hash) as is_alone:
+            seen = {row.version: _items_of(vault, row) for row in vault.registry.versions(user_hash)}
+            gone = {version for version, ids in seen.items() if ids is None or ids & items}
+            before = _inventory(vault, user_hash)
+            line = step(vault.registry.delete_versions, user_hash, gone, list(hashes.values()))
+            kept = seen.keys() - gone
+            made_from_them = [path for path in folder.glob("adapters/*") if path.name not in kept]
+            made_from_them += [*folder.glob("quarantine/*"), *folder.glob("blobs/*")]
+            for path in made_from_them:
                 remove(path)
-            with suppress(HistoryChanged):
-                vault.replace_history(user_hash, history, lambda item: item.item_id in items)
-                break
+            vault.remove_staged(user_hash)
+            while vault.registry.has_user(user_hash):
+                history = vault.history(UserHash(user_hash))
+                for path in vault.unlisted_segments(folder):  # left by appends that were cut short
+                    remove(path)
+                with suppress(HistoryChanged):
+                    vault.replace_history(user_hash, history, lambda item: item.item_id in items)
+                    break
+        outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, items.__contains__)]
         after = set(_inventory(vault, user_hash))
         removed = [pair for pair in before if pair not in after] + outside
-        needs_training = bool(
-            gone or begun.intersection(hashes.values())
-        )  # in a call that was cut short they went, too
-        return _receipt(vault, user_hash, tuple(sorted(hashes.values())), before, removed, needs_training)
+        # In a call that was cut short versions went, too.
+        needs_training = bool(gone or begun.intersection(hashes.values()))
+        items_hashed, places = tuple(sorted(hashes.values())), _places(vault, line, folders, is_alone)
+        return _receipt(vault, user_hash, line, items_hashed, before, removed, needs_training, *places)
 
 
 def _unknown_items(vault: Vault, user_hash: str, hashes: dict[str, str], folders: Sequence[Path]) -> set[str]:
@@ -192,20 +205,21 @@ def without_forgotten(vault: Vault) -> Keep:
 def _forgotten(vault: Vault, user_hash: str | None = None) -> tuple[set[str], dict[str, set[str]]]:
     """Whom the audit log says to forget, or to have forgotten: users, and by user the hashes of items."""
     users, items = set[str](), defaultdict[str, set[str]](set)
-    for entry in vault.registry.audit_log(user_hash):
-        if entry.action == "forget" and entry.user_hash:
-            hashes = json.loads(entry.detail).get("items")
-            if hashes is None:
-                users.add(entry.user_hash)
-            else:
-                items[entry.user_hash].update(hashes)
+    for whose, hashes in vault.registry.forgettings(user_hash):
+        if hashes is None:
+            users.add(whose)
+        else:
+            items[whose].update(hashes)
     return users, items
 
 
 def verify_receipt(
     vault: Vault, receipt: Receipt, folders: Sequence[Path] = (), canaries: Sequence[str] = ()
 ) -> list[str]:
-    """Check a receipt's signature and scan for what it says is gone. Returns what is wrong; empty means proven.
+    """Check a receipt's signature and scan for what it says is gone. Returns what is wrong.
+
+    Empty means proven for the vault, its registry, the folders and the processes that follow the audit log, and for
+    nothing else: `remains.search` looks into the rest of this machine.
 
     Args:
         folders: Scanned beside the vault (runs, caches, logs).
@@ -217,6 +231,8 @@ def verify_receipt(
     is_gone = (lambda item: vault.item_hash(user_hash, item) in hashes) if hashes else None
     found = _speaking(vault, user_hash, folders, is_gone)
     problems += [f"{path}: speaks of the user" + " and of a forgotten item" * bool(hashes) for path in found]
+    late = [one.name for one in vault.registry.followers() if one.seen < receipt.line]
+    problems += [f"{name}: this process has not dropped the user" for name in late]
     half_written = [path for top in folders for path in _half_written(vault, top)]
     problems += [f"{path}: is half-written, and may speak of the user" for path in half_written]
     if receipt.items:
@@ -230,33 +246,64 @@ def verify_receipt(
             problems.append(f"the registry has {num_rows} rows of the user")
         named = [path for path in vault.root.rglob("*") if user_hash in path.name]
         problems += [f"{path}: is named by the user's hash" for path in named]
-    written = ((text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]) for text in canaries)
-    needles = {text.encode() for ways in written for text in ways}
     vault.close()  # see `Vault._registry_file`: the scan opens every file
     paths = [*vault.root.rglob("*"), *(path for top in folders for path in _outside(vault, top))]
-    problems += [f"{path}: holds a forgotten text" for path in _files_with(paths, needles)]
+    problems += [f"{path}: holds a forgotten text" for path in _files_with(paths, needles_of(canaries))]
     return list(dict.fromkeys(problems))  # one folder may lie in another
+
+
+def needles_of(texts: Iterable[str]) -> set[bytes]:
+    """The bytes that texts are in files, our JSON's ways to write them included."""
+    written = ((text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts)
+    return {text.encode() for ways in written for text in ways}
+
+
+def _has_anything(vault: Vault, user_hash: str) -> bool:
+    """Whether the vault has a row or a file of the user."""
+    paths = vault.user_folder(user_hash), vault.user_folder(user_hash, "keys"), *vault.root.glob(f"tmp/{user_hash}-*")
+    return vault.registry.num_rows(user_hash) > 0 or any(map(os.path.lexists, paths))
+
+
+def _places(
+    vault: Vault, line: int, folders: Sequence[Path], is_alone: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(where everything was removed, where something may be left), once all processes have dropped the user."""
+    gone, late = wait_for_followers(vault.registry, line)
+    checked = ["the vault", *(f"folder {top.name}" for top in folders), *(f"process {name}" for name in gone)]
+    not_checked = [f"process {name}: did not answer" for name in late]
+    if not is_alone:
+        not_checked.append("files that a process has open which wrote to the vault and did not end")
+    if not vault.registry.drop_old_pages():
+        not_checked.append("old pages of the registry, which its database overwrites later")
+    return tuple(checked), (*not_checked, *BEYOND)
 
 
 def _receipt(
     vault: Vault,
     user_hash: str,
+    line: int,
     items: tuple[str, ...],
     before: list[tuple[str, str]],
     removed: list[tuple[str, str]],
     needs_training: bool,
+    checked: tuple[str, ...],
+    not_checked: tuple[str, ...],
 ) -> Receipt:
     signer = Ed25519PrivateKey.from_private_bytes(vault.derive_key("receipt"))
+    after = _inventory(vault, user_hash)
     receipt = Receipt(
         receipt_id=secrets.token_hex(16),
         user_hash=user_hash,
         items=items,
         removed=tuple(sorted(removed)),
-        before=_digest(before),
-        after=_digest(_inventory(vault, user_hash)),
+        before=_digest(vault, json.dumps(before).encode()),
+        after=_digest(vault, json.dumps(after).encode()),
         time=time.time(),
         needs_training=needs_training,
         public_key=signer.public_key().public_bytes_raw().hex(),
+        line=line,
+        checked=checked,
+        not_checked=not_checked,
     )
     receipt = replace(receipt, signature=signer.sign(_signed_part(receipt)).hex())
     step(vault.registry.add_receipt, receipt.receipt_id, user_hash, json.dumps(asdict(receipt), sort_keys=True))
@@ -268,7 +315,8 @@ def read_receipt(text: str) -> Receipt:
     try:
         fields = json.loads(text)
         pairs = tuple((path, digest) for path, digest in fields["removed"])
-        return Receipt(**{**fields, "items": tuple(fields["items"]), "removed": pairs})
+        texts = {name: tuple(fields.get(name, ())) for name in ("items", "checked", "not_checked")}
+        return Receipt(**{**fields, **texts, "removed": pairs})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"receipt {text[:40]!r}: not a receipt ({error!r})") from error
 
@@ -283,26 +331,30 @@ def _is_signed(vault: Vault, receipt: Receipt) -> bool:
 
 
 def _signed_part(receipt: Receipt) -> bytes:
-    return json.dumps({**asdict(receipt), "signature": ""}, sort_keys=True).encode()
+    fields = {**asdict(receipt), "signature": ""}
+    if not receipt.line:  # made before receipts said where was looked
+        for name in ("line", "checked", "not_checked"):
+            del fields[name]
+    return json.dumps(fields, sort_keys=True).encode()
 
 
 def _inventory(vault: Vault, user_hash: str) -> list[tuple[str, str]]:
-    """(path in the user's folder, SHA-256) of every file, sorted."""
+    """(path in the user's folder, digest) of every file, sorted."""
     folder = vault.user_folder(user_hash)
     if folder.is_symlink():  # put there by someone; what it points to is not ours to read or remove
         return []
-    return [(str(Path(path).relative_to(folder)), digest) for path, digest in _hashes(folder)]
+    return _digests(vault, folder, folder)
 
 
-def _digest(inventory: list[tuple[str, str]]) -> str:
-    return sha256(json.dumps(inventory).encode())
+def _digest(vault: Vault, data: bytes) -> str:
+    return hmac.new(vault.derive_key("digest"), data, hashlib.sha256).hexdigest()
 
 
 def _items_of(vault: Vault, row: Version) -> set[str] | None:
-    """The items a version was trained on, or None where its manifest cannot be read."""
+    """The items a version was trained on, or None where its manifest is corrupt."""
     try:
         return set(vault.read_manifest(vault.user_folder(row.user_hash) / "adapters" / row.version, row).item_ids)
-    except (CorruptError, OSError):
+    except CorruptError:
         return None
 
 
@@ -319,32 +371,38 @@ def _speaking(vault: Vault, user_hash: str, folders: Sequence[Path], is_gone: Go
 def _forget_outside(
     vault: Vault, user_hash: str, top: Path, is_gone: Gone | None, with_answers: bool = True
 ) -> Iterator[tuple[str, str]]:
-    """Remove or rewrite what speaks of the user in a folder outside the vault; yields (path, SHA-256 before)."""
-    for path in _half_written(vault, top):
-        yield from _hashes(path)
-        remove(path)
-    for folder, user in _prepared(vault, user_hash, top):
-        if user.role == "base" and _keep(vault, user_hash, user, is_gone) != user:
-            # The task base has learnt from them, and so has every answer of the run. They go before the line that
-            # tells so goes.
-            for path in [*folder.parent.glob("adapt*"), *folder.parent.glob("evaluate*")]:
-                yield from _hashes(path)
-                remove(path)
-    for folder in _prepared_folders(vault, top):
-        files = [folder / USERS_NAME, folder / INDEX_NAME]
-        before = [sha256(file.read_bytes()) for file in files]
-        if step(forget_prepared, folder, lambda user: _keep(vault, user_hash, user, is_gone)):
-            yield from zip(map(str, files), before, strict=True)
-    for path, content in _changes(vault, user_hash, top, is_gone, with_answers):
-        yield from _hashes(path)
-        if content is None:
+    """Remove or rewrite what speaks of the user in a folder outside the vault; yields (path, digest before).
+
+    Each file is read again and written under the vault's lock of such files. The lock is not held for the whole walk:
+    another user's forgetting must not wait for it.
+    """
+    base = Path(os.path.realpath(top)).parent
+    with vault.alone():  # `prepare` holds it, too, and what it writes after this obeys the audit log
+        for path in _half_written(vault, top):
+            yield from _digests(vault, path, base)
             remove(path)
-        else:
-            partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-            write_file(partial, content)
-            os.chmod(partial, path.stat().st_mode)
-            step(os.rename, partial, path)
-            sync_folder(path.parent)
+        for folder, user in _prepared(vault, user_hash, top):
+            if user.role == "base" and _keep(vault, user_hash, user, is_gone) != user:
+                # The task base has learnt from them, and so has every answer of the run. They go before the line that
+                # tells so goes.
+                for path in [*folder.parent.glob("adapt*"), *folder.parent.glob("evaluate*")]:
+                    yield from _digests(vault, path, base)
+                    remove(path)
+        for folder in _prepared_folders(vault, top):
+            before = [*_digests(vault, folder / USERS_NAME, base), *_digests(vault, folder / INDEX_NAME, base)]
+            if step(forget_prepared, folder, lambda user: _keep(vault, user_hash, user, is_gone)):
+                yield from before
+    for path, _ in _changes(vault, user_hash, top, is_gone, with_answers):
+        with vault.alone():
+            for content in _change(vault, user_hash, path, is_gone, with_answers):
+                yield from _digests(vault, path, base)
+                if content is None:
+                    remove(path)
+                else:
+                    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+                    write_file(partial, content)
+                    step(os.rename, partial, path)
+                    sync_folder(path.parent)
 
 
 def _outside(vault: Vault, top: Path) -> Iterator[Path]:
@@ -386,24 +444,32 @@ def _changes(
     `with_answers`: also what the user's adapters have answered, to whosever query, and what else was made from an item.
     """
     prepared = {folder / USERS_NAME for folder in _prepared_folders(vault, top)}
-    is_all = is_gone is None or with_answers
     for path in _outside(vault, top):
-        if is_all and (user_hash in path.name or _is_checkpoint_of(path, user_hash)):
-            yield path, None
-        elif not path.is_file():  # a folder, or gone with its folder
-            continue
-        elif path.name == "result.json" and is_all:
-            try:
-                result = json.loads(_read(path))
-            except (ValueError, RecursionError):
-                continue
-            if (kept := _without_user(vault, user_hash, result)) != result:
-                yield path, json.dumps(kept, indent=1).encode()
-        elif path.name.endswith((".jsonl", ".jsonl.gz")) and path not in prepared:
-            lines = _unpacked(path, _read(path)).splitlines(keepends=True)
-            left = b"".join(_without(vault, user_hash, line, is_gone, with_answers) for line in lines)
-            if left != b"".join(lines):
-                yield path, gzip.compress(left, mtime=0) if path.suffix == ".gz" else left
+        if path not in prepared:
+            yield from ((path, content) for content in _change(vault, user_hash, path, is_gone, with_answers))
+
+
+def _change(
+    vault: Vault, user_hash: str, path: Path, is_gone: Gone | None, with_answers: bool
+) -> Iterator[bytes | None]:
+    """What `_changes` yields of one path: nothing where it stays as it is."""
+    is_all = is_gone is None or with_answers
+    if is_all and (user_hash in path.name or _is_checkpoint_of(path, user_hash)):
+        yield None
+    elif not path.is_file():  # a folder, or gone with its folder
+        return
+    elif path.name == "result.json" and is_all:
+        try:
+            result = json.loads(_read(path))
+        except (ValueError, RecursionError):
+            return
+        if (kept := _without_user(vault, user_hash, result)) != result:
+            yield json.dumps(kept, indent=1).encode()
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        lines = _unpacked(path, _read(path)).splitlines(keepends=True)
+        left = b"".join(_without(vault, user_hash, line, is_gone, with_answers) for line in lines)
+        if left != b"".join(lines):
+            yield gzip.compress(left, mtime=0) if path.suffix == ".gz" else left
 
 
 def _is_checkpoint_of(path: Path, user_hash: str) -> bool:
@@ -482,14 +548,14 @@ def _hash_of(vault: Vault, user_id: str) -> str:
         return ""
 
 
-def _hashes(top: Path) -> list[tuple[str, str]]:
-    """(path, SHA-256) of a file, or of all files in a folder, links aside."""
+def _digests(vault: Vault, top: Path, base: Path) -> list[tuple[str, str]]:
+    """(path relative to `base`, digest) of a file, or of all files in a folder, links aside."""
     paths = [top] if top.is_file() else [Path(parent, name) for parent, _, names in os.walk(top) for name in names]
     found = []
     for path in sorted(paths):
         with suppress(FileNotFoundError):  # a refused commit, or a run that is done with a pack, takes its files away
             if path.is_file() and not path.is_symlink():
-                found.append((str(path), sha256(path.read_bytes())))
+                found.append((os.path.relpath(path, base), _digest(vault, path.read_bytes())))
     return found
 
 

@@ -161,7 +161,7 @@ class Memories:
             stored = self._read(user.user_id, VECTORS_NAME)
             vectors, kept = update_vectors(stored, texts, item_ids, self._embedder)
             if kept is not stored:
-                self._keep(user.user_id, VECTORS_NAME, kept, generation)
+                self._keep(user, VECTORS_NAME, kept, generation)
         kind = memory.retriever if memory.top_k else "recency"  # which costs nothing and is not asked
         seed, device = self._seed(user), memory.faiss_device
         retriever = make_retriever(kind, texts, item_ids, seed, self._embedder, vectors, device)
@@ -182,7 +182,7 @@ class Memories:
         said = {user.user_id: text for user, text in zip(asked, texts, strict=True)}
         for user in wanted:
             profile = write_profile(self._task, user.items, said.get(user.user_id, ""))
-            self._keep(user.user_id, self._profile_name, profile_to_json(profile).encode(), generations[user.user_id])
+            self._keep(user, self._profile_name, profile_to_json(profile).encode(), generations[user.user_id])
 
     def _stored_profile(self, user: UserHistory) -> Profile | None:
         data = self._read(user.user_id, self._profile_name)
@@ -201,11 +201,12 @@ class Memories:
         except Refused:
             return None
 
-    def _keep(self, user_id: str, name: str, data: bytes, generation: int | None) -> None:
-        """Store a file made from the history, unless the user, or items of theirs, were forgotten meanwhile."""
+    def _keep(self, user: UserHistory, name: str, data: bytes, generation: int | None) -> None:
+        """Store a file made from the user's items, unless the user, or one of these items, was forgotten."""
         if generation is not None:
             with suppress(Refused):
-                self._vault.put_blob(user_id, name, data, generation)
+                self._vault.check_sources(self._vault.user_hash(user.user_id), (item.item_id for item in user.items))
+                self._vault.put_blob(user.user_id, name, data, generation)
 
     def _read(self, user_id: str, name: str) -> bytes | None:
         try:

@@ -252,6 +252,18 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Follower:
+    """A process that may hold copies of users' data: the newest audit line that it has obeyed. Times in Unix seconds.
+
+    After `expires_at` it is dead, or it answers nobody until it has read the log (`following.Following`).
+    """
+
+    name: str
+    seen: int
+    expires_at: float
+
+
+@dataclass(frozen=True)
 class Entry:
     """One line of the audit log; `chain` is the keyed hash over this line and the one before."""
 
@@ -299,8 +311,11 @@ class Registry:
     def add_users(self, user_hashes: Iterable[str], lease: Lease | None = None) -> int:
         """Register users that are not yet; returns how many were new.
 
+        Args:
+            lease: Of the job that adds them. A job never brings back a user who was forgotten.
+
         Raises:
-            Refused: One is new and under a lease of another, or `lease`, under which they are added, was lost.
+            Refused: A user is new and under a lease of another; or `lease` was lost, or the user was forgotten.
         """
         wanted = set(user_hashes)
         with self._read() as connection:
@@ -316,6 +331,8 @@ class Registry:
             of_others = (_LEASES.c.expires_at > self._clock(), _LEASES.c.fence != (lease.fence if lease else 0))
             if held := _present(connection, _LEASES.c.user_hash, missing, *of_others):
                 raise Refused(f"user {min(held)[:12]}: is being added or swept by another process; try again")
+            if lease is not None:
+                _check_not_forgotten(connection, missing)
             if missing:
                 self._add(connection, missing)
         return len(missing)
@@ -324,13 +341,11 @@ class Registry:
         with self._read() as connection:
             return bool(_present(connection, _USERS.c.user_hash, {user_hash}))
 
-    def check_user(self, user_hash: str, lease: Lease | None) -> None:
-        """`Refused` if the user is not, or no longer, here, or the lease under which they are worked on was lost."""
+    def gone_users(self, user_hashes: Iterable[str]) -> set[str]:
+        """Which of these users were forgotten and not added again."""
         with self._read() as connection:
-            if not _present(connection, _USERS.c.user_hash, {user_hash}):
-                raise Refused(f"user {user_hash[:12]}: was forgotten meanwhile")
-            if lease is not None:
-                _check_held(connection, lease)
+            forgotten = _present(connection, _AUDIT.c.user_hash, set(user_hashes), *_WHOLE)
+            return forgotten - _present(connection, _USERS.c.user_hash, forgotten)
 
     def users(self) -> list[User]:
         """All users, oldest first."""
@@ -412,11 +427,11 @@ class Registry:
             self._audit(connection, "quarantine", user_hash, {"version": version, "reason": reason})
         return True
 
-    def delete_versions(self, user_hash: str, versions: set[str], items: Sequence[str]) -> None:
+    def delete_versions(self, user_hash: str, versions: set[str], items: Sequence[str]) -> int:
         """Drop versions and what runs they finished; `current` falls back to the newest good one left, or none.
 
         Ends any lease too: a job that trains on what is being forgotten must not publish. The log says which `items`,
-        by their keyed hashes, are to be forgotten.
+        by their keyed hashes, are to be forgotten; the number of that line is returned.
         """
         mine = _VERSIONS.c.user_hash == user_hash
         with self._write() as connection:
@@ -428,17 +443,27 @@ class Registry:
             generation = self._audit(connection, "forget", user_hash, {"versions": sorted(versions), "items": items})
             mine = _USERS.c.user_hash == user_hash
             connection.execute(sa.update(_USERS).where(mine).values(generation=generation))
+            return generation
 
-    def delete_user(self, user_hash: str) -> None:
-        """Drop every row of a user but receipts and the audit log, and say so in the log. Idempotent."""
+    def delete_user(self, user_hash: str) -> int:
+        """Drop every row of a user but receipts and the audit log; returns the number of the audit line. Idempotent."""
         with self._write() as connection:
             for table in _OF_USERS:
                 connection.execute(sa.delete(table).where(table.c.user_hash == user_hash))
-            self._audit(connection, "forget", user_hash, {})
-        if self._url.get_backend_name() == "sqlite":  # pages of the deleted rows must not live on in the log file
-            with self._read() as connection:
-                connection.rollback()
-                connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return self._audit(connection, "forget", user_hash, {})
+
+    def drop_old_pages(self) -> bool:
+        """Make the database's files lose deleted rows; False if the database keeps some for now.
+
+        SQLite overwrites deleted rows, but its log file has the pages from before until it is cut to zero, which a
+        reader in another process can put off. PostgreSQL removes them in its own time.
+        """
+        if self._url.get_backend_name() != "sqlite":
+            return False
+        with self._read() as connection:
+            connection.rollback()
+            row = connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return row[0] == 0
 
     def num_rows(self, user_hash: str) -> int:
         """How many rows speak of a user, receipts and audit log aside."""
@@ -490,6 +515,11 @@ class Registry:
         with self._read() as connection:
             return _generation(connection, user_hash)
 
+    def check_generation(self, user_hash: str, generation: int) -> None:
+        """`Refused` if the user was forgotten, or something of theirs, since `generation` was read."""
+        with self._read() as connection:
+            _check_generation(connection, user_hash, generation)
+
     @contextmanager
     def fenced(self, user_hash: str, generation: int) -> Iterator[None]:
         """Hold the registry's write lock while files of a user are put in place: no forgetting can begin meanwhile.
@@ -509,6 +539,50 @@ class Registry:
         """What is recorded of the whole vault under this name, or None."""
         with self._read() as connection:
             return connection.scalar(sa.select(_FACTS.c.value).where(_FACTS.c.name == name))
+
+    def join_followers(self, name: str, ttl_s: float) -> int:
+        """Register a process before it caches anything of a user; returns the newest audit line, which it has obeyed.
+
+        It has to renew by `follow` within `ttl_s`. Followers that were lost an hour ago are dropped.
+        """
+        with self._write() as connection:
+            now = self._clock()
+            connection.execute(sa.delete(_FOLLOWERS).where(_FOLLOWERS.c.expires_at < now - 3600))
+            newest = connection.scalar(sa.select(sa.func.max(_AUDIT.c.number))) or 0
+            connection.execute(sa.insert(_FOLLOWERS).values(name=name, seen=newest, expires_at=now + ttl_s))
+            return newest
+
+    def follow(self, name: str, seen: int, ttl_s: float) -> None:
+        """Record that a follower has obeyed all audit lines up to `seen`, and lives for another `ttl_s`."""
+        with self._write() as connection:
+            values = {"seen": seen, "expires_at": self._clock() + ttl_s}
+            mine = _FOLLOWERS.c.name == name
+            if not connection.execute(sa.update(_FOLLOWERS).where(mine).values(**values)).rowcount:
+                connection.execute(sa.insert(_FOLLOWERS).values(name=name, **values))
+
+    def leave_followers(self, name: str) -> None:
+        """The process ends, or has dropped all that it held."""
+        with self._write() as connection:
+            connection.execute(sa.delete(_FOLLOWERS).where(_FOLLOWERS.c.name == name))
+
+    def followers(self) -> list[Follower]:
+        """Processes that may hold copies of users' data: those whose time has not run out, by name."""
+        live = _FOLLOWERS.c.expires_at > self._clock()
+        with self._read() as connection:
+            rows = connection.execute(sa.select(_FOLLOWERS).where(live).order_by(_FOLLOWERS.c.name))
+            return [Follower(**row._mapping) for row in rows]
+
+    def forgotten_since(self, seen: int) -> tuple[int, list[str]]:
+        """The newest audit line, and the users of whom something was forgotten after line `seen`, oldest first.
+
+        Reads no line up to `seen`, and of the lines after it only those of forgetting.
+        """
+        newest = sa.select(sa.func.max(_AUDIT.c.number)).scalar_subquery()
+        wanted = sa.or_(_AUDIT.c.action == "forget", _AUDIT.c.number == newest)
+        chosen = sa.select(_AUDIT.c.number, _AUDIT.c.action, _AUDIT.c.user_hash).where(_AUDIT.c.number > seen, wanted)
+        with self._read() as connection:
+            rows = connection.execute(chosen.order_by(_AUDIT.c.number)).all()
+        return (rows[-1].number if rows else seen), [row.user_hash for row in rows if row.action == "forget"]
 
     def record_fact(self, name: str, value: str) -> str:
         """Record a fact unless one of this name is there; returns the one that holds."""
@@ -658,6 +732,18 @@ class Registry:
         with self._write() as connection:
             self._audit(connection, action, user_hash, detail)
 
+    def forgettings(self, user_hash: str | None = None) -> list[tuple[str, list[str] | None]]:
+        """(user, keyed hashes of the items, or None for the whole user) of each forgetting, oldest first.
+
+        Of one user by an index; of all by reading the whole log.
+        """
+        chosen = sa.select(_AUDIT.c.user_hash, _AUDIT.c.detail).where(_AUDIT.c.action == "forget")
+        if user_hash is not None:
+            chosen = chosen.where(_AUDIT.c.user_hash == user_hash)
+        with self._read() as connection:
+            rows = connection.execute(chosen.order_by(_AUDIT.c.number))
+            return [(row.user_hash, json.loads(row.detail).get("items")) for row in rows]
+
     def audit_log(self, user_hash: str | None = None) -> list[Entry]:
         """The audit log, oldest first; of one user if given."""
         chosen = sa.select(_AUDIT).order_by(_AUDIT.c.number)
@@ -791,6 +877,10 @@ _VERSION = sa.select(_VERSIONS).where(
 )
 
 
+_WHOLE = (_AUDIT.c.action == "forget", _AUDIT.c.detail == "{}")
+"""Audit lines that say a whole user was forgotten."""
+
+
 def _present(
     connection: sa.Connection, column: sa.Column[str], wanted: set[str], *also: sa.ColumnElement[bool]
 ) -> set[str]:
@@ -812,6 +902,11 @@ def _generation(connection: sa.Connection, user_hash: str) -> int:
 def _check_generation(connection: sa.Connection, user_hash: str, generation: int) -> None:
     if _generation(connection, user_hash) != generation:
         raise Refused(f"user {user_hash[:12]}: the user, or items of theirs, were forgotten meanwhile")
+
+
+def _check_not_forgotten(connection: sa.Connection, user_hashes: set[str]) -> None:
+    if gone := _present(connection, _AUDIT.c.user_hash, user_hashes, *_WHOLE):
+        raise Refused(f"user {min(gone)[:12]}: was forgotten; expected a user who is there, or is added again by hand")
 
 
 def _history(connection: sa.Connection, user_hash: str) -> History:

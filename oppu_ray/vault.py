@@ -24,12 +24,12 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -45,6 +45,8 @@ COMMIT_TTL_S = 60.0
 MANIFEST_NAME = "manifest.json"
 ID_BYTES = 16
 """Of an item's keyed hash in the registry's list of segments."""
+LOCK_WAIT_S = 10.0
+"""A file takes milliseconds to write: who forgets waits no longer for a process that was stopped while it wrote."""
 MERGE_ITEMS, MERGE_BYTES = 64, 64 * 1024
 """An append rewrites the newest segment if it is smaller than both, so that a history has few files."""
 BLOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(\.[a-z0-9]{1,12})?")
@@ -130,7 +132,7 @@ class Vault:
         try:
             os.makedirs(self.root, mode=0o700, exist_ok=True)
             is_new = not (self.root / "key").exists()
-            for name in ("users", "tmp", *(["keys"] if is_new and encrypt else [])):
+            for name in ("users", "tmp", "locks", *(["keys"] if is_new and encrypt else [])):
                 self.make_folder(self.root / name)
             if is_new:
                 if any((self.root / "users").iterdir()) and not (self.root / "key").exists():
@@ -168,11 +170,36 @@ class Vault:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One at a time, in whatever process: who forgets, and who might write back what is being forgotten."""
-        with open(os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
-            with suppress(OSError):  # a disk without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        """Hold the lock of all files outside the vault that may speak of users. One holder, in whatever process."""
+        with _open_lock(self.root / "lock") as lock:
+            _flock(lock, fcntl.LOCK_EX)
             yield
+
+    @contextmanager
+    def writing(self, user_hash: str) -> Iterator[None]:
+        """Hold off the forgetting of a user while files of theirs are written.
+
+        The system frees the lock of a process that is killed, so who forgets finds all that was written before, and
+        what comes after finds another generation: check it first thing inside.
+        """
+        with _open_lock(self._lock_of(user_hash)) as lock:
+            _flock(lock, fcntl.LOCK_SH)
+            yield
+
+    @contextmanager
+    def only_writer(self, user_hash: str) -> Iterator[bool]:
+        """Wait until nobody writes files of a user, and hold off others. Yields False if somebody still writes.
+
+        The lock is shared by the users whose hashes begin alike (one in 256), so that no file is named by one of them.
+        """
+        with _open_lock(self._lock_of(user_hash)) as lock:
+            deadline = time.monotonic() + LOCK_WAIT_S
+            while not (is_alone := _flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            yield is_alone
+
+    def _lock_of(self, user_hash: str) -> Path:
+        return self.root / "locks" / user_hash[:2]
 
     # ---- who
 
@@ -192,9 +219,54 @@ class Vault:
         """A key for one purpose, from the key file (32 bytes)."""
         return hmac.new(self._key, purpose.encode(), hashlib.sha256).digest()
 
-    def add_users(self, users: Sequence[str]) -> int:
-        """Register users in one transaction; returns how many were new."""
-        return self.registry.add_users(self.user_hash(user) for user in users)
+    def add_users(self, users: Sequence[str], *, again: bool = True) -> int:
+        """Register users in one transaction; returns how many were new.
+
+        Args:
+            again: Also those who were forgotten. What a crash while forgetting them has left is removed first.
+        """
+        hashes = {self.user_hash(user) for user in users}
+        gone = self.registry.gone_users(hashes)
+        for user_hash in gone if again else ():
+            with self.only_writer(user_hash), disk_errors(user_hash, "add"):
+                if not self.registry.has_user(user_hash):
+                    self.remove_files(UserHash(user_hash))
+        return self.registry.add_users(hashes if again else hashes - gone)
+
+    def remove_files(self, user_hash: str) -> None:
+        """Remove all files of a user, under `only_writer`: the key first, so that what is left cannot be read."""
+        folder, key = self.user_folder(user_hash), self.user_folder(user_hash, "keys")
+        if os.path.lexists(key):
+            remove(key)
+        if os.path.lexists(folder):  # one rename, so that a crash leaves no half folder under the user's name
+            step(os.rename, folder, self.root / "tmp" / f"{user_hash}-{secrets.token_hex(8)}")
+            sync_folder(folder.parent)
+        self.remove_staged(user_hash)
+
+    def remove_staged(self, user_hash: str) -> None:
+        """Remove what writers who were killed have left, under `only_writer`."""
+        for path in self.root.glob(f"tmp/{user_hash}-*"):
+            remove(path)
+
+    def check_sources(self, user_hash: str, item_ids: Iterable[str]) -> None:
+        """`Refused` if the user was forgotten, or one of the items from which something of theirs was made.
+
+        An item of the same id that was added after the forgetting is another one, and counts as there.
+        """
+        forgettings = [items for _, items in self.registry.forgettings(user_hash)]
+        if not forgettings:
+            return
+        is_whole, gone = None in forgettings, {one for items in forgettings for one in items or ()}
+        try:
+            listed = self.item_keys(self.history(user_hash))
+        except Refused:
+            if is_whole:
+                raise
+            listed = set()
+        for item_id in item_ids:
+            item = self.item_hash(user_hash, item_id)
+            if (is_whole or item in gone) and bytes.fromhex(item)[:ID_BYTES] not in listed:
+                raise Refused(f"user {user_hash[:12]}: made from item {item[:12]}, which was forgotten")
 
     def done(self, run_id: str, users: Sequence[str]) -> set[str]:
         """Which of `users` this run has committed: a run that restarts skips them."""
@@ -221,7 +293,8 @@ class Vault:
         that version is returned.
 
         Raises:
-            Refused: Another job holds the user, or the lease was lost, or `current` was moved meanwhile.
+            Refused: Another job holds the user, or the lease was lost, or `current` was moved meanwhile; or the user,
+                or one of the manifest's items, was forgotten.
             ValueError: The adapter is not finite, or the disk or the registry failed; the old version still answers.
         """
         user_hash = self.user_hash(user)
@@ -234,7 +307,7 @@ class Vault:
         try:
             if lease.user_hash != user_hash:
                 raise Refused(f"user {user_hash[:12]}: the lease is for user {lease.user_hash[:12]}")
-            with disk_errors(user_hash, "commit"):
+            with disk_errors(user_hash, "commit"), self.writing(user_hash):
                 return self._commit(lease, adapter, manifest, make_current)
         finally:
             if own is not None:
@@ -323,16 +396,18 @@ class Vault:
         Args:
             skip_known: Leave out an item whose id is there already, instead of an error.
             lease: Under which the user is worked on, if one is held.
-            generation: Of the user when this was asked for; None registers a user who is not there yet.
+            generation: Of the user when this was asked for; None, without a lease, registers a user who is not there.
 
         Raises:
             Refused: The lease was lost, or the user, or items of theirs, were forgotten meanwhile.
             ValueError: An item is malformed, or its id is there already.
         """
         user_hash = self.user_hash(user)
-        if generation is None:
+        if lease is not None:
             self.registry.add_users([user_hash], lease)
-        with disk_errors(user_hash, "add to the history of"):
+        elif generation is None:
+            self.add_users([user_hash])
+        with disk_errors(user_hash, "add to the history of"), self.writing(user_hash):
             while True:
                 before = self.history(user_hash)
                 if generation is not None and before.generation != generation:
@@ -423,9 +498,10 @@ class Vault:
         user_hash = self.user_hash(user)
         if not BLOB_NAME.fullmatch(name):
             raise ValueError(f"user {user_hash[:12]}: file name {name!r}: expected {BLOB_NAME.pattern}")
-        if generation is None:
-            generation = self.registry.generation(user_hash)
-        with disk_errors(user_hash, f"store {name} of"):
+        with disk_errors(user_hash, f"store {name} of"), self.writing(user_hash):
+            if generation is None:
+                generation = self.registry.generation(user_hash)
+            self.registry.check_generation(user_hash, generation)
             path = self.user_folder(user_hash) / "blobs" / name
             with self._staged(self.frame(user_hash, f"blobs/{name}", data), user_hash) as staged:
                 with self.registry.fenced(user_hash, generation):
@@ -638,9 +714,8 @@ class Vault:
 
     def _commit(self, lease: Lease, adapter: AdapterState, manifest: Manifest, make_current: bool) -> str:
         user_hash = lease.user_hash
-        self.registry.check_lease(
-            lease
-        )  # `publish` has the last word; this spares a forgotten user's new folder and key
+        self.registry.check_lease(lease)  # `publish` has the last word; here nothing of a forgotten user is written yet
+        self.check_sources(user_hash, manifest.item_ids)
         current = self.registry.current(user_hash)
         parent = current.version if current else None
         number = 1 + max((row.number for row in self.registry.versions(user_hash)), default=0)
@@ -770,6 +845,22 @@ def open_vault(config: Config) -> Vault:
 def step(operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Every change to disk or registry passes here, so that a test can stop the vault at the n-th."""
     return operation(*args, **kwargs)
+
+
+def _open_lock(path: Path) -> IO[str]:
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+
+
+def _flock(lock: IO[str], operation: int) -> bool:
+    """Lock an open file; False if it is held by others. A disk without locks takes every lock for given."""
+    try:
+        fcntl.flock(lock, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -209,7 +209,8 @@ class Worker:
         try:
             self.vault.append_history(user.user_id, user.items, skip_known=True, lease=lease)
         except Refused:  # as in `_commit`: another worker of this run may have taken the user over, and does it
-            if self.vault.registry.leaseholder(self.vault.user_hash(user.user_id)) != self.run_id:
+            user_hash, registry = self.vault.user_hash(user.user_id), self.vault.registry
+            if registry.leaseholder(user_hash) != self.run_id or not registry.has_user(user_hash):
                 raise
 
     def _train_pack(
@@ -380,7 +381,7 @@ def encode_base_users(config: Config, base: Base, index: Index, user_ids: Sequen
     users = read_users(Path(config.run_dir) / "prepare", index, user_ids)
     vault = open_vault(config)
     if config.memory.name:  # what is made from their histories is kept in the vault
-        vault.add_users([user.user_id for user in users])
+        vault.add_users([user.user_id for user in users], again=False)
     memories = Memories(config, vault, profile_writer(config))
     # Whoever has two items would else be told the label to learn: it would be half of the profile.
     memories.write_profiles([older_half(user) for user in users])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +19,7 @@ import pytest
 from vault_tools import (
     BASE,
     empty_postgres,
+    in_child,
     make_adapter,
     make_items,
     make_manifest,
@@ -25,12 +28,15 @@ from vault_tools import (
     tree,
 )
 
+from oppu_ray import archive as archive_module
 from oppu_ray import stages
 from oppu_ray import vault as vault_module
-from oppu_ray.config import Config
+from oppu_ray.archive import export_user, import_user
+from oppu_ray.config import Config, MemoryConfig, TaskConfig
 from oppu_ray.core import Item, Rejected, UserHistory
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import Receipt, forget_items, forget_user, read_receipt, verify_receipt, without_forgotten
+from oppu_ray.memory import Memories
 from oppu_ray.prepared import write_prepared
 from oppu_ray.registry import Refused
 from oppu_ray.vault import Vault
@@ -105,7 +111,7 @@ def test_the_receipt_says_what_went_and_tells_nothing(vault: Vault, runs: Path) 
     receipt = forget_user(vault, "alice", [runs])
     removed = {path for path, _ in receipt.removed}
     outside = {"predictions.jsonl", "histories.jsonl.gz", f"checkpoints/{receipt.user_hash}/moments.safetensors"}
-    assert removed == files | {str(runs / name) for name in outside}
+    assert removed == files | {f"runs/{name}" for name in outside}
     assert receipt.before != receipt.after and not receipt.needs_training
     kept = vault.registry.receipts(receipt.user_hash)
     assert [read_receipt(body) for body in kept] == [receipt]
@@ -331,7 +337,7 @@ def test_what_a_killed_process_has_half_written_goes_too(vault: Vault, tmp_path:
     for path in (left, others):
         path.write_text('{"user_id": "alice", "items": [{"item_id": "1", "te')
     receipt = forget_user(vault, "alice", [tmp_path / "run"])
-    assert not left.exists() and others.exists() and str(left) in dict(receipt.removed)
+    assert not left.exists() and others.exists() and "run/prepare/" + left.name in dict(receipt.removed)
     left.touch()
     assert verify_receipt(vault, receipt, [tmp_path / "run"]) == [f"{left}: is half-written, and may speak of the user"]
 
@@ -423,10 +429,10 @@ def test_who_forgets_and_who_prepares_take_turns(
         finally:
             came.set()
 
-    def lock(*args: Any) -> None:
-        if threading.current_thread() is thread:
-            came.set()
-        flock(*args)
+    def lock(file: Any, operation: int) -> None:
+        if threading.current_thread() is thread and os.readlink(f"/proc/self/fd/{file.fileno()}").endswith("/lock"):
+            came.set()  # at the lock of the files outside the vault
+        flock(file, operation)
 
     def write_after_the_other(*args: Any) -> None:
         if not thread.ident:
@@ -442,6 +448,187 @@ def test_who_forgets_and_who_prepares_take_turns(
     thread.join()
     receipts = [read_receipt(body) for body in vault.registry.receipts()]
     assert receipts and [verify_receipt(vault, receipt, [runs]) for receipt in receipts] == [[]] * len(receipts)
+
+
+# ---- forgetting is a fence
+
+
+LATE = b"canary late"
+WRITERS: dict[str, Callable[[Vault], object]] = {
+    "append": lambda vault: vault.append_history("alice", [Item("9", text=LATE.decode())]),
+    "blob": lambda vault: vault.put_blob("alice", "profile.txt", LATE),
+    "commit": lambda vault: vault.commit("alice", make_adapter(3), make_manifest((LATE.decode(),))),
+    "import": lambda vault: import_user(vault, "carol", vault.root.parent / "archive", base_fingerprint=None),
+}
+
+
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "sealed"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_killed_at_any_step_leaves_nothing_to_be_found_after_forgetting(
+    tmp_path: Path, name: str, encrypt: bool
+) -> None:
+    user = "carol" if name == "import" else "alice"
+    source = Vault(tmp_path / "source")
+    source.append_history("dave", [Item("1", text=LATE.decode())])
+    source.put_blob("dave", "profile.txt", LATE)
+    source.commit("dave", make_adapter(1), make_manifest())
+    export_user(source, "dave", tmp_path / "archive")
+    source.close()
+    template = Vault(tmp_path / "template", encrypt=encrypt)
+    template.append_history("alice", make_items("1"))
+    template.close()
+
+    def write_until(at: int, root: Path) -> None:
+        vault, count = Vault(root), 0
+
+        def killed(operation: Callable[..., Any], *args: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args)
+
+        for module in (vault_module, archive_module):
+            module.step = killed  # type: ignore[assignment]
+        WRITERS[name](vault)
+        os._exit(0)
+
+    at = 0
+    while True:
+        at += 1
+        shutil.copytree(tmp_path / "template", root := tmp_path / str(at))
+        _, status = os.waitpid(in_child(partial(write_until, at, root)), 0)
+        vault = Vault(root)
+        user_hash = vault.user_hash(user)
+        assert verify_receipt(vault, forget_user(vault, user), canaries=[LATE.decode()]) == []
+        assert not any(user_hash in str(path) or LATE in path.read_bytes() for path in files(root)), at
+        vault.close()
+        if not os.WIFSIGNALED(status):
+            break
+    assert os.WEXITSTATUS(status) == 0 and at > 8
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("forget", ["user", "user who came back", "item"])
+def test_a_write_begun_before_a_forgetting_fails_and_leaves_nothing(vault: Vault, tmp_path: Path, forget: str) -> None:
+    alice = vault.user_hash("alice")
+    token = vault.registry.create_token("user", alice)
+    asked = vault.registry.verify_token(token)
+    assert asked is not None
+    lease, generation = vault.lease("alice", "job", 60), vault.registry.generation(alice)
+    made = UserHistory(alice, "target", vault.read_history(alice))
+    if forget == "item":
+        forget_items(vault, "alice", ["2"])
+    else:
+        forget_user(vault, "alice")
+    if forget == "user who came back":
+        vault.append_history("alice", make_items("7"))
+    before, rows, history = tree(vault.root / "users"), vault.registry.num_rows(alice), vault.read_history(alice)
+    profiles = Memories(
+        replace(Config(task=TaskConfig(name="movie_tagging")), memory=MemoryConfig(with_profile=True)),
+        vault,
+        lambda prompts: ["canary"] * len(prompts),
+    )
+    refused: list[Callable[[], object]] = [
+        lambda: vault.append_history(asked.user_hash or "", make_items("8"), generation=asked.generation),
+        lambda: vault.append_history("alice", make_items("8"), lease=lease),
+        lambda: vault.put_blob("alice", "vectors.safetensors", b"canary", generation),
+        lambda: vault.commit("alice", make_adapter(5), make_manifest(("1", "2"))),
+        lambda: vault.commit("alice", make_adapter(5), make_manifest(("1", "2")), lease),
+    ]
+    for write in refused:
+        with pytest.raises(Refused):
+            write()
+    profiles.open(made)  # goes on, and keeps nothing
+    assert vault.add_users(["alice", "zoe"], again=False) == 1
+    assert tree(vault.root / "users") == before and list((vault.root / "tmp").iterdir()) == []
+    assert vault.registry.num_rows(alice) == rows and vault.read_history(alice) == history
+    if forget == "user":
+        with pytest.raises(ValueError, match="no such user"):
+            vault.registry.create_token("user", alice)
+        later = vault.lease("alice", "job that began with an old list of users", 60)
+        with pytest.raises(Refused, match="was forgotten"):
+            vault.append_history("alice", make_items("8"), lease=later)
+        assert not vault.registry.has_user(alice)
+    vault.commit("bob", make_adapter(5), make_manifest(("1", "2")))
+
+
+def test_what_a_crash_left_of_a_forgotten_user_does_not_become_theirs_when_they_come_back(vault: Vault) -> None:
+    alice = vault.user_hash("alice")
+    vault.registry.delete_user(alice)  # and then the process died
+    vault.append_history("alice", make_items("7"))
+    assert vault.blob_names(alice) == [] and [item.item_id for item in vault.read_history("alice")] == ["7"]
+    assert vault.verify() == []
+
+
+def test_forgetting_waits_for_who_writes_and_takes_what_they_wrote(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, flock = vault_module.write_file, fcntl.flock
+    is_writing, waits = threading.Event(), threading.Event()
+
+    def slow(path: Path, data: bytes) -> None:
+        write(path, data)
+        is_writing.set()
+        waits.wait()
+
+    def lock(file: Any, operation: int) -> None:
+        try:
+            flock(file, operation)
+        except BlockingIOError:
+            waits.set()
+            raise
+
+    monkeypatch.setattr(vault_module, "write_file", slow)
+    monkeypatch.setattr("fcntl.flock", lock)
+    writer = threading.Thread(target=vault.put_blob, args=("alice", "late.txt", LATE))
+    writer.start()
+    is_writing.wait()
+    receipt = forget_user(vault, "alice")
+    writer.join()
+    assert waits.is_set() and "blobs/late.txt" in dict(receipt.removed)
+    assert verify_receipt(vault, receipt, canaries=[LATE.decode()]) == []
+
+
+def test_forgetting_does_not_wait_for_ever_for_a_writer_that_was_stopped(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vault_module, "LOCK_WAIT_S", 0.0)
+    with vault.writing(vault.user_hash("alice")):
+        receipt = forget_user(vault, "alice")
+    assert "has open" in receipt.not_checked[0] and verify_receipt(vault, receipt, canaries=CANARIES) == []
+    assert "has open" not in " ".join(forget_user(vault, "bob").not_checked)
+
+
+def test_nobody_waits_while_a_users_forgetting_walks_through_the_runs(
+    vault: Vault, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk, walks, go = os.walk, threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Iterator[Any]:
+        if threading.current_thread() is thread and not vault.registry.has_user(vault.user_hash("alice")):
+            for step in walk(*args):
+                walks.set()
+                go.wait()
+                yield step
+        else:
+            yield from walk(*args)
+
+    monkeypatch.setattr(os, "walk", slow)
+    done: list[Receipt] = []
+    thread = threading.Thread(target=lambda: done.append(forget_user(vault, "alice", [runs])))
+    vault.append_history("dave", make_items("1"))
+    thread.start()
+    walks.wait()
+    vault.append_history("bob", make_items("9"))
+    vault.append_history("alice", make_items("1"))  # even the user comes back at once
+    assert verify_receipt(vault, forget_user(vault, "dave")) == []
+    go.set()
+    thread.join()
+    assert done and vault.read_history("alice") == tuple(make_items("1"))
 
 
 class Crash(BaseException):
