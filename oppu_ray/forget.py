@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from oppu_ray.core import InputError, UserHistory, check_unicode
 from oppu_ray.following import wait_for_followers
 from oppu_ray.prepared import INDEX_NAME, USERS_NAME, Keep, forget_prepared, read_index, read_users
-from oppu_ray.registry import HistoryChanged, Refused, UserHash, Version
+from oppu_ray.registry import Forgotten, HistoryChanged, UserHash, Version
 from oppu_ray.vault import (
     CorruptError,
     Vault,
@@ -167,7 +167,7 @@ def _unknown_items(vault: Vault, user_hash: str, hashes: dict[str, str], folders
         hashes: Item id to its keyed hash.
     """
     left = set(hashes)
-    with suppress(Refused):  # no such user in the vault
+    with suppress(Forgotten):  # no such user in the vault
         held = vault.item_keys(vault.history(UserHash(user_hash)))
         left = {item for item in left if vault.item_key(user_hash, item) not in held}
     for row in vault.registry.versions(user_hash) if left else ():

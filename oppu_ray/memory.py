@@ -23,7 +23,7 @@ from oppu_ray.core import Item, Prompt, TrainingPair, UserHistory, check_unicode
 from oppu_ray.embedding import load_embedder
 from oppu_ray.packing import user_seed
 from oppu_ray.profiles import Profile, is_stale, profile_from_json, profile_prompt, profile_to_json, write_profile
-from oppu_ray.registry import Refused
+from oppu_ray.registry import Forgotten
 from oppu_ray.retrieval import KINDS, Hit, Retriever, make_retriever, retrieve_past_only, update_vectors
 from oppu_ray.tasks import get_task, make_prompt, memory_line, one_line
 from oppu_ray.vault import CorruptError, Vault
@@ -198,13 +198,13 @@ class Memories:
         """The user's generation, or None if they are not in the vault: then nothing is kept of them."""
         try:
             return self._vault.registry.generation(self._vault.user_hash(user_id))
-        except Refused:
+        except Forgotten:
             return None
 
     def _keep(self, user: UserHistory, name: str, data: bytes, generation: int | None) -> None:
         """Store a file made from the user's items, unless the user, or one of these items, was forgotten."""
         if generation is not None:
-            with suppress(Refused):
+            with suppress(Forgotten):
                 self._vault.check_sources(self._vault.user_hash(user.user_id), (item.item_id for item in user.items))
                 self._vault.put_blob(user.user_id, name, data, generation)
 

@@ -157,6 +157,10 @@ class Refused(ValueError):
     """A definite no (lease held or lost, `current` moved, run already done): nothing was written."""
 
 
+class Forgotten(Refused):
+    """The user is not there, or was forgotten, or items of theirs, since the caller began."""
+
+
 class HistoryChanged(Refused):
     """Another process changed the history since it was read: read it again and go on."""
 
@@ -474,7 +478,7 @@ class Registry:
     # ---- histories
 
     def history(self, user_hash: str) -> History:
-        """The list of a user's segments. `Refused` if there is no such user."""
+        """The list of a user's segments. `Forgotten` if there is no such user."""
         with self._read() as connection:
             return _history(connection, user_hash)
 
@@ -511,12 +515,12 @@ class Registry:
         return after
 
     def generation(self, user_hash: str) -> int:
-        """Read it before what a later write is made from, and hand it to `fenced`. `Refused` if no such user."""
+        """Read it before what a later write is made from, and hand it to `fenced`. `Forgotten` if no such user."""
         with self._read() as connection:
             return _generation(connection, user_hash)
 
     def check_generation(self, user_hash: str, generation: int) -> None:
-        """`Refused` if the user was forgotten, or something of theirs, since `generation` was read."""
+        """`Forgotten` if the user was, or something of theirs, since `generation` was read."""
         with self._read() as connection:
             _check_generation(connection, user_hash, generation)
 
@@ -527,7 +531,7 @@ class Registry:
         Keep the body short: a rename, not a write.
 
         Raises:
-            Refused: The user was forgotten, or something of theirs, since `generation` was read.
+            Forgotten: The user was, or something of theirs, since `generation` was read.
         """
         with self._write() as connection:
             _check_generation(connection, user_hash, generation)
@@ -601,7 +605,7 @@ class Registry:
         """Record the check value of the user's key unless there is one; returns the one that holds.
 
         Raises:
-            Refused: No such user.
+            Forgotten: No such user.
         """
         mine = _USERS.c.user_hash == user_hash
         with self._write() as connection:
@@ -895,18 +899,20 @@ def _present(
 def _generation(connection: sa.Connection, user_hash: str) -> int:
     found = connection.scalar(sa.select(_USERS.c.generation).where(_USERS.c.user_hash == user_hash))
     if found is None:
-        raise Refused(f"user {user_hash[:12]}: no such user, or forgotten meanwhile")
+        raise Forgotten(f"user {user_hash[:12]}: no such user, or forgotten meanwhile")
     return found
 
 
 def _check_generation(connection: sa.Connection, user_hash: str, generation: int) -> None:
     if _generation(connection, user_hash) != generation:
-        raise Refused(f"user {user_hash[:12]}: the user, or items of theirs, were forgotten meanwhile")
+        raise Forgotten(f"user {user_hash[:12]}: the user, or items of theirs, were forgotten meanwhile")
 
 
 def _check_not_forgotten(connection: sa.Connection, user_hashes: set[str]) -> None:
     if gone := _present(connection, _AUDIT.c.user_hash, user_hashes, *_WHOLE):
-        raise Refused(f"user {min(gone)[:12]}: was forgotten; expected a user who is there, or is added again by hand")
+        raise Forgotten(
+            f"user {min(gone)[:12]}: was forgotten; expected a user who is there or was added again"
+        )
 
 
 def _history(connection: sa.Connection, user_hash: str) -> History:
@@ -915,7 +921,7 @@ def _history(connection: sa.Connection, user_hash: str) -> History:
     chosen = sa.select(_USERS.c.generation, _USERS.c.history_version, *segments).select_from(joined)
     rows = connection.execute(chosen.where(_USERS.c.user_hash == user_hash).order_by(_SEGMENTS.c.number)).all()
     if not rows:
-        raise Refused(f"user {user_hash[:12]}: no such user, or forgotten meanwhile")
+        raise Forgotten(f"user {user_hash[:12]}: no such user, or forgotten meanwhile")
     listed = tuple(Segment(*row[2:]) for row in rows if row.number is not None)
     return History(rows[0].generation, rows[0].history_version, listed)
 

@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from oppu_ray import adapter_files
 from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, InputError, Item, check_unicode
-from oppu_ray.registry import History, HistoryChanged, Lease, Refused, Registry, Segment, UserHash, Version
+from oppu_ray.registry import Forgotten, History, HistoryChanged, Lease, Refused, Registry, Segment, UserHash, Version
 
 FORMAT = 1
 COMMIT_TTL_S = 60.0
@@ -249,7 +249,7 @@ class Vault:
             remove(path)
 
     def check_sources(self, user_hash: str, item_ids: Iterable[str]) -> None:
-        """`Refused` if the user was forgotten, or one of the items from which something of theirs was made.
+        """`Forgotten` if the user was, or one of the items from which something of theirs was made.
 
         An item of the same id that was added after the forgetting is another one, and counts as there.
         """
@@ -259,14 +259,14 @@ class Vault:
         is_whole, gone = None in forgettings, {one for items in forgettings for one in items or ()}
         try:
             listed = self.item_keys(self.history(user_hash))
-        except Refused:
+        except Forgotten:
             if is_whole:
                 raise
             listed = set()
         for item_id in item_ids:
             item = self.item_hash(user_hash, item_id)
             if (is_whole or item in gone) and bytes.fromhex(item)[:ID_BYTES] not in listed:
-                raise Refused(f"user {user_hash[:12]}: made from item {item[:12]}, which was forgotten")
+                raise Forgotten(f"user {user_hash[:12]}: made from item {item[:12]}, which was forgotten")
 
     def done(self, run_id: str, users: Sequence[str]) -> set[str]:
         """Which of `users` this run has committed: a run that restarts skips them."""
@@ -399,7 +399,8 @@ class Vault:
             generation: Of the user when this was asked for; None, without a lease, registers a user who is not there.
 
         Raises:
-            Refused: The lease was lost, or the user, or items of theirs, were forgotten meanwhile.
+            Forgotten: The user was, or items of theirs, meanwhile.
+            Refused: The lease was lost.
             ValueError: An item is malformed, or its id is there already.
         """
         user_hash = self.user_hash(user)
@@ -411,7 +412,7 @@ class Vault:
             while True:
                 before = self.history(user_hash)
                 if generation is not None and before.generation != generation:
-                    raise Refused(f"user {user_hash[:12]}: the user, or items of theirs, were forgotten meanwhile")
+                    raise Forgotten(f"user {user_hash[:12]}: the user, or items of theirs, were forgotten meanwhile")
                 generation = before.generation
                 known = self.item_keys(before)
                 new = [item for item in items if not skip_known or self.item_key(user_hash, item.item_id) not in known]
@@ -451,7 +452,7 @@ class Vault:
         while True:
             try:
                 found = self.history(user_hash)
-            except Refused:
+            except Forgotten:
                 return ()
             segments = found.segments
             if newest is not None:
@@ -493,7 +494,7 @@ class Vault:
             generation: The user's, read before what the file was made from; None: as it is now.
 
         Raises:
-            Refused: No such user, or the user, or items of theirs, were forgotten meanwhile.
+            Forgotten: No such user, or the user was, or items of theirs, meanwhile.
         """
         user_hash = self.user_hash(user)
         if not BLOB_NAME.fullmatch(name):
@@ -799,7 +800,7 @@ class Vault:
         """Files in a user's history folder that the registry does not list."""
         try:
             history = self.registry.history(folder.name)
-        except Refused:  # forgotten meanwhile
+        except Forgotten:
             return []
         if history.version is None:
             return []

@@ -173,7 +173,7 @@ def append(request: Request, user: User, body: NewItems) -> dict[str, Any]:
     vault = _backend(request).vault
     if len(vault.read_history(_of(user))) + len(items) > config.serve.max_items:
         raise error(400, "history_full", f"expected at most {config.serve.max_items} items in a history")
-    num_items = vault.append_history(_of(user), items)
+    num_items = vault.append_history(_of(user), items, generation=user.generation)
     return {"num_items": num_items, "item_ids": [item.item_id for item in items]}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from oppu_ray.core import MAX_LOGPROBS, InputError, Item, check_unicode
-from oppu_ray.registry import Refused, RegistryError
+from oppu_ray.registry import Forgotten, Refused, RegistryError
 from oppu_ray.vault import CorruptError, DiskError, Vault
 
 MAX_TOP_K = 32
@@ -176,6 +176,8 @@ def failure_of(error: Exception, where: str) -> Failed:
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
         logger.error("%s: %s at %s", where, type(error).__name__, places or "unknown")
+    if isinstance(error, Forgotten):
+        return Failed(409, "forgotten", "you, or items of yours, were forgotten meanwhile")
     if isinstance(error, Refused):
         return Failed(503, "busy", "your data is being changed by another request; try again")
     if isinstance(error, RegistryError):

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from vault_tools import make_adapter, make_manifest, segment_files
 
 from oppu_ray.core import InputError, Item, UserHistory
+from oppu_ray.forget import forget_user, without_forgotten
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import INDEX_NAME, write_prepared
 from oppu_ray.registry import Refused, RegistryError
@@ -150,6 +151,26 @@ def test_forgetting_ends_the_token_and_reaches_the_replicas(web: Web, ann: TestC
     assert ann.delete("/v1/me").json()["signature"]
     assert backend.forgotten == [vault.user_hash("ann")] * 2
     assert ann.get("/v1/me").status_code == 401 and bob.get("/v1/me").status_code == 200
+
+
+def test_an_append_that_was_let_in_before_its_user_was_forgotten_does_not_bring_them_back(
+    web: Web, ann: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vault, append = web[0].vault, web[0].vault.append_history
+    vault.append_history("ann", [Item("1", text="old", label="comedy")])
+
+    def late(*args: Any, **options: Any) -> int:
+        forget_user(vault, "ann")
+        return append(*args, **options)
+
+    monkeypatch.setattr(vault, "append_history", late)
+    new = {"items": [{"text": "my secret film", "label": "comedy"}]}
+    assert code(ann.post("/v1/me/history", json=new)) == (409, "forgotten")
+    assert not vault.registry.has_user(vault.user_hash("ann")) and vault.read_history("ann") == ()
+    assert not any(b"secret" in path.read_bytes() for path in vault.root.rglob("*") if path.is_file())
+    source = UserHistory("ann", "target", (Item("1", text="old"),))
+    assert without_forgotten(vault)(source) is None
+    assert ann.post("/v1/me/history", json=new).status_code == 401
 
 
 def test_what_a_history_takes(web: Web, ann: TestClient) -> None:
