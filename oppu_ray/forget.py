@@ -69,7 +69,8 @@ class Receipt:
         public_key: Ed25519, hex, as is the `signature` over all other fields as sorted JSON.
         line: Of the audit log.
         checked: Where everything was removed: the vault, folders, processes that have dropped the user.
-        not_checked: Where something may be left: processes that did not answer, what this cannot reach.
+        silent: Processes that may hold copies, and did not say that they dropped them.
+        not_checked: Where else something may be left.
     """
 
     receipt_id: str
@@ -84,6 +85,7 @@ class Receipt:
     signature: str = ""
     line: int = 0
     checked: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
     not_checked: tuple[str, ...] = ()
 
 
@@ -110,7 +112,7 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
             vault.remove_files(user_hash)
         outside = [change for top in folders for change in _forget_outside(vault, user_hash, top, None, is_known)]
         places = _places(vault, line, folders, is_alone)
-        return _receipt(vault, user_hash, line, (), before, before + outside, False, *places)
+        return _receipt(vault, user_hash, line, (), before, before + outside, False, places)
 
 
 def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequence[Path] = ()) -> Receipt:
@@ -157,7 +159,7 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
         # In a call that was cut short versions went, too.
         needs_training = bool(gone or begun.intersection(hashes.values()))
         items_hashed, places = tuple(sorted(hashes.values())), _places(vault, line, folders, is_alone)
-        return _receipt(vault, user_hash, line, items_hashed, before, removed, needs_training, *places)
+        return _receipt(vault, user_hash, line, items_hashed, before, removed, needs_training, places)
 
 
 def _unknown_items(vault: Vault, user_hash: str, hashes: dict[str, str], folders: Sequence[Path]) -> set[str]:
@@ -264,18 +266,25 @@ def _has_anything(vault: Vault, user_hash: str) -> bool:
     return vault.registry.num_rows(user_hash) > 0 or any(map(os.path.lexists, paths))
 
 
-def _places(
-    vault: Vault, line: int, folders: Sequence[Path], is_alone: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(where everything was removed, where something may be left), once all processes have dropped the user."""
-    gone, late = wait_for_followers(vault.registry, line)
-    checked = ["the vault", *(f"folder {top.name}" for top in folders), *(f"process {name}" for name in gone)]
-    not_checked = [f"process {name}: did not answer" for name in late]
+@dataclass(frozen=True)
+class _Places:
+    """See `Receipt`."""
+
+    checked: tuple[str, ...]
+    silent: tuple[str, ...]
+    not_checked: tuple[str, ...]
+
+
+def _places(vault: Vault, line: int, folders: Sequence[Path], is_alone: bool) -> _Places:
+    """Where everything is gone, once all processes have dropped the user or `following.WAIT_S` is over."""
+    dropped, silent = wait_for_followers(vault.registry, line)
+    checked = ["the vault", *(f"folder {top.name}" for top in folders), *(f"process {name}" for name in dropped)]
+    not_checked = []
     if not is_alone:
         not_checked.append("files that a process has open which wrote to the vault and did not end")
     if not vault.registry.drop_old_pages():
         not_checked.append("old pages of the registry, which its database overwrites later")
-    return tuple(checked), (*not_checked, *BEYOND)
+    return _Places(tuple(checked), tuple(silent), (*not_checked, *BEYOND))
 
 
 def _receipt(
@@ -286,8 +295,7 @@ def _receipt(
     before: list[tuple[str, str]],
     removed: list[tuple[str, str]],
     needs_training: bool,
-    checked: tuple[str, ...],
-    not_checked: tuple[str, ...],
+    places: _Places,
 ) -> Receipt:
     signer = Ed25519PrivateKey.from_private_bytes(vault.derive_key("receipt"))
     after = _inventory(vault, user_hash)
@@ -302,8 +310,9 @@ def _receipt(
         needs_training=needs_training,
         public_key=signer.public_key().public_bytes_raw().hex(),
         line=line,
-        checked=checked,
-        not_checked=not_checked,
+        checked=places.checked,
+        silent=places.silent,
+        not_checked=places.not_checked,
     )
     receipt = replace(receipt, signature=signer.sign(_signed_part(receipt)).hex())
     step(vault.registry.add_receipt, receipt.receipt_id, user_hash, json.dumps(asdict(receipt), sort_keys=True))
@@ -315,7 +324,7 @@ def read_receipt(text: str) -> Receipt:
     try:
         fields = json.loads(text)
         pairs = tuple((path, digest) for path, digest in fields["removed"])
-        texts = {name: tuple(fields.get(name, ())) for name in ("items", "checked", "not_checked")}
+        texts = {name: tuple(fields.get(name, ())) for name in ("items", "checked", "silent", "not_checked")}
         return Receipt(**{**fields, **texts, "removed": pairs})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"receipt {text[:40]!r}: not a receipt ({error!r})") from error
@@ -333,7 +342,7 @@ def _is_signed(vault: Vault, receipt: Receipt) -> bool:
 def _signed_part(receipt: Receipt) -> bytes:
     fields = {**asdict(receipt), "signature": ""}
     if not receipt.line:  # made before receipts said where was looked
-        for name in ("line", "checked", "not_checked"):
+        for name in ("line", "checked", "silent", "not_checked"):
             del fields[name]
     return json.dumps(fields, sort_keys=True).encode()
 

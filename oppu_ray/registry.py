@@ -910,9 +910,7 @@ def _check_generation(connection: sa.Connection, user_hash: str, generation: int
 
 def _check_not_forgotten(connection: sa.Connection, user_hashes: set[str]) -> None:
     if gone := _present(connection, _AUDIT.c.user_hash, user_hashes, *_WHOLE):
-        raise Forgotten(
-            f"user {min(gone)[:12]}: was forgotten; expected a user who is there or was added again"
-        )
+        raise Forgotten(f"user {min(gone)[:12]}: was forgotten; expected a user who is there or was added again")
 
 
 def _history(connection: sa.Connection, user_hash: str) -> History:

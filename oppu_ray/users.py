@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oppu_ray.config import Config, from_dict, load_config, located
+from oppu_ray.files import write_atomic
 
 if TYPE_CHECKING:
     from oppu_ray.forget import Receipt
@@ -307,15 +308,17 @@ def _forget(place: Place, options: argparse.Namespace) -> Shown:
     if options.receipt and (options.receipt.exists() or not options.receipt.parent.is_dir()):
         raise ValueError(f"--receipt {options.receipt}: expected a new file in a folder that is there")
     _confirm(f"remove {what} from {', '.join(map(str, [vault.root, *folders]))}", options.yes)
+    with_base = [run for run in place.folders if (run / "adapt").exists()]
     if options.item:
         receipt = forget_items(vault, user, options.item, folders)
     else:
         receipt = forget_user(vault, user, folders)
     if options.receipt:
-        options.receipt.write_text(json.dumps(asdict(receipt), indent=1))
+        write_atomic(options.receipt, json.dumps(asdict(receipt), indent=1).encode())
     lines = [
         f"{what} forgotten: {len(receipt.removed)} files removed or rewritten, receipt {receipt.receipt_id}",
-        *_consequences(place, receipt),
+        _consequence([run for run in with_base if not (run / "adapt").exists()]),
+        *_told(receipt),
     ]
     version = None
     if receipt.needs_training and not options.no_train:
@@ -324,13 +327,20 @@ def _forget(place: Place, options: argparse.Namespace) -> Shown:
     return Shown({**asdict(receipt), "new_version": version}, "\n".join(lines))
 
 
-def _consequences(place: Place, receipt: Receipt) -> list[str]:
-    removed = [Path(path) for path, _ in receipt.removed]
-    for run in place.folders:
-        task_base = (run / "adapt").resolve()  # in a suite it may be another run's
-        if any(path.is_relative_to(task_base) for path in removed):
-            return [f"they were a base user of {run}: its task base is gone; run `adapt` and `train` again"]
-    return ["no other user's adapter depended on this: each is trained on its own user's items only"]
+def _consequence(runs: list[Path]) -> str:
+    """What the forgetting means to others; `runs` lost their task base by it."""
+    if runs:
+        return f"they were a base user of {runs[0]}: its task base is gone; run `adapt` and `train` again"
+    return "no other user's adapter depended on this: each is trained on its own user's items only"
+
+
+def _told(receipt: Receipt) -> list[str]:
+    """Which running processes have dropped the user, and which have not said so."""
+    num_processes = sum(one.startswith("process ") for one in receipt.checked)
+    lines = [f"{num_processes} running processes have dropped what they held of it"] if num_processes else []
+    if receipt.silent:
+        lines.append(f"NOT ANSWERED: {', '.join(receipt.silent)}; verify the receipt later, or end these processes")
+    return lines
 
 
 def _train_again(place: Place, user: str) -> tuple[str | None, str]:
@@ -348,7 +358,7 @@ def _train_again(place: Place, user: str) -> tuple[str | None, str]:
 
 
 def _verify_receipt(place: Place, options: argparse.Namespace) -> Shown:
-    from oppu_ray.forget import read_receipt, verify_receipt
+    from oppu_ray.forget import BEYOND, read_receipt, verify_receipt
 
     if Path(options.receipt).is_file():
         text = Path(options.receipt).read_text()
@@ -361,7 +371,9 @@ def _verify_receipt(place: Place, options: argparse.Namespace) -> Shown:
     folders = _to_scan(place, options)
     problems = verify_receipt(place.vault, read_receipt(text), folders, texts)
     where = ", ".join(map(str, [place.vault.root, *folders]))
-    return Shown(problems, "\n".join(problems) or f"proven: nothing is left in {where}", 1 if problems else 0)
+    lines = problems or [f"proven: nothing is left in {where}"]
+    lines.append(f"not checked: {', '.join(BEYOND)}")
+    return Shown(problems, "\n".join(lines), 1 if problems else 0)
 
 
 def _token_create(place: Place, options: argparse.Namespace) -> Shown:

@@ -154,6 +154,7 @@ class Service(RuleBasedStateMachine):
 
     def commit(self, name: str, number: int, *, of_base: str, make_current: bool = True) -> str:
         person = self.people.get(name, Person())
+        self.vault.add_users([name])  # a commit alone brings nobody back who was forgotten
         manifest = make_manifest(tuple(person.items), base=of_base)
         return self.vault.commit(name, adapter(number), manifest, make_current=make_current)
 
