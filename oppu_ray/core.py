@@ -6,9 +6,9 @@ the line itself: raw file -> UserHistory -> TrainingPair -> Example -> Pack -> T
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -170,6 +170,13 @@ class TrainResult:
     losses: tuple[float, ...] = ()
     error: str | None = None
     num_useful_tokens: int = 0
+
+
+class StepsDone(NamedTuple):
+    """Training steps that were taken: their useful tokens, and for each step of a user the user's id."""
+
+    num_tokens: int
+    user_ids: Sequence[str]
 
 
 @dataclass(frozen=True)

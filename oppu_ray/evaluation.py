@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +100,12 @@ def answer_users(
     users: Sequence[UserHistory],
     adapters: Sequence[AdapterState] | None = None,
     memories: Sequence[Memory | None] | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """One model arm's answers: greedy text, the gold's likelihood, and for closed label sets the likeliest label.
 
     Args:
         adapters: One per user, or None for the model alone.
         memories: One per user, or None for prompts without a user's past.
-        progress: Called with the number of queries answered since the last call.
     """
     pefts = {peft_from_dict(adapter.peft_config) for adapter in adapters or ()}
     engine = Engine(base.model, max(len(users), 1), sorted(pefts, key=str), max_rows=config.evaluate.batch_rows)
@@ -127,7 +125,7 @@ def answer_users(
         requests = [
             Request(str(i), prompt, name, num_new) for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
         ]
-        answers = engine.generate(requests, stop_ids(base), progress)
+        answers = engine.generate(requests, stop_ids(base))
         golds = [target_text(task, query) for _, query in queries]
         asked = [[gold, *(label for label in task.labels if label != gold)] for gold in golds]
         scored = [

@@ -146,6 +146,7 @@ def run_group(
                 raise Interrupted("stopped; the group has ended")
             if message == _STARTED:
                 num_starts += 1
+                progress.forecast.begin()
                 if num_starts > 1:
                     progress.recovered("a rank was lost or silent; the group has started again")
                     telemetry.add("oppu_recoveries_total")
@@ -234,7 +235,7 @@ def _adapt(job: dict[str, Any]) -> None:
     config, base, group = _join(job, None, share_steps=True)
     steps = itertools.count(1)
 
-    def progress(num_tokens: int, _: int) -> None:
+    def progress(num_tokens: int, _: Sequence[str]) -> None:
         if group.rank == 0:
             job["results"].put((next(steps), num_tokens))
 

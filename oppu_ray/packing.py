@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ from oppu_ray.attention import SegmentPlan, plan_segments
 from oppu_ray.attention_groups import Segment
 from oppu_ray.config import PeftConfig, TrainConfig
 from oppu_ray.core import Example, InputError, Pack, Prompt, TrainingPair, UserSize, UserWork
+from oppu_ray.progress import Forecast
 from oppu_ray.tasks import prompt_parts
 
 Tokenize = Callable[[str], list[int]]
@@ -135,6 +138,58 @@ def plan_packs(users: Iterable[UserSize], config: TrainConfig) -> list[Pack]:
         Pack(number, tuple(user.user_id for user in part), sum(user.num_words for user in part))
         for number, part in enumerate(parts)
     ]
+
+
+class PackForecast(Forecast):
+    """How long training takes, in words, because users differ too much in size to be counted.
+
+    Args:
+        shards: The packs of each worker.
+        sizes: The users in them, and perhaps others.
+        config: Tells how many steps a user takes.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Sequence[Pack]],
+        sizes: Iterable[UserSize],
+        config: TrainConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._sizes = {size.user_id: size for size in sizes}
+        self._config, self._taken = config, Counter[str]()
+        self._worker = {user: worker for worker, shard in enumerate(shards) for pack in shard for user in pack.user_ids}
+        work = [0.0] * len(shards)
+        for user_id, worker in self._worker.items():
+            work[worker] += self._steps(user_id) * self._words(user_id)
+        super().__init__(work, clock)
+
+    def settled(self, units: int) -> None:
+        """Do nothing: `stepped` and `user_done` count the work."""
+
+    def stepped(self, user_ids: Sequence[str]) -> None:
+        """Count training steps, each by the id of its user."""
+        for user_id, steps in Counter(user_ids).items():
+            self._take(user_id, steps, is_new=True)
+
+    def user_done(self, user_id: str, is_new: bool = False) -> None:
+        """Count what is left of a user, by default because an earlier run did it, or the user failed."""
+        self._take(user_id, self._steps(user_id), is_new)
+
+    def _take(self, user_id: str, steps: int, is_new: bool) -> None:
+        steps = min(steps, self._steps(user_id) - self._taken[user_id])
+        if steps > 0:
+            self._taken[user_id] += steps
+            self.add(steps * self._words(user_id), self._worker[user_id], is_new)
+
+    def _steps(self, user_id: str) -> int:
+        return num_steps(self._sizes[user_id].num_items, self._config)
+
+    def _words(self, user_id: str) -> float:
+        """Words of a user's step."""
+        size = self._sizes[user_id]
+        return size.num_words / max(1, -(-size.num_items // self._config.items_per_step))
 
 
 def plan_shards(packs: Sequence[Pack], num_shards: int) -> list[list[Pack]]:

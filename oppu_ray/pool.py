@@ -29,7 +29,7 @@ import ray
 from ray import exceptions
 
 from oppu_ray.config import Config, WorkersConfig, from_dict, to_dict
-from oppu_ray.core import UserDone
+from oppu_ray.core import StepsDone, UserDone
 from oppu_ray.progress import ClusterLost, Interrupted, Progress
 from oppu_ray.submit import private_token
 from oppu_ray.telemetry import Telemetry
@@ -37,6 +37,7 @@ from oppu_ray.workers import Worker, failed
 
 MAX_DEATHS = 3
 POLL_S = 0.5
+REPORT_EVERY_S = 2.0
 STOP_GRACE_S = 20.0
 ADOPT_AFTER_S = 30.0
 HEAD_LOST_AFTER_S = 40.0
@@ -163,6 +164,7 @@ class _Pool:
         try:
             if shard.starting is not None:
                 ray.get(shard.starting)
+                self.progress.forecast.begin()
                 shard.starting, shard.is_doubted, self.deaths[shard.number] = None, False, 0
                 if shard.lost_at is not None:
                     self.progress.recovery_s.append(time.monotonic() - shard.lost_at)
@@ -192,7 +194,9 @@ class _Pool:
             if self.deaths[unit or shard.number] >= MAX_DEATHS:
                 yield from self._give_up(shard, unit)
         else:
-            if self.method == "train" and result.is_retryable:
+            if isinstance(result, StepsDone):
+                self.progress.stepped(*result)
+            elif self.method == "train" and result.is_retryable:
                 shard.unsaid.append(result)
             else:
                 yield from self._say(shard, result)
@@ -309,7 +313,7 @@ class RayWorker:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminate)
         telemetry = Telemetry(run_id, number)
-        self.worker = Worker(from_dict(config), Path(task_base), run_id, telemetry, self._should_stop)
+        self.worker = Worker(from_dict(config), Path(task_base), run_id, telemetry, self._should_stop, REPORT_EVERY_S)
 
     def ready(self) -> None:
         """Answered when the actor is up and has nothing else to do."""

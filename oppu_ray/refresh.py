@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def refresh_user(
         work = plan_user(user_hash, seed, examples, config.personal)
         done, renewed = 0, time.monotonic()
 
-        def advance(_tokens: int, _users: int) -> None:
+        def advance(_tokens: int, _users: Sequence[str]) -> None:
             nonlocal done, renewed
             done += 1
             if time.monotonic() - renewed >= LEASE_S / 4:

@@ -169,7 +169,7 @@ def train_together(
     Args:
         model: As given to `group`.
         work: The same on every rank.
-        progress: Called after each step with the useful tokens of all ranks and 1.
+        progress: Called after each step with the useful tokens of all ranks and the work's user id.
     """
     with attached(model, [work], config) as bank:
         bank.start(0, work.peft, work.seed)
@@ -188,7 +188,7 @@ def train_together(
                 error = f"step {step + 1}: loss {losses[-1]}, gradient norm {norm}"
                 return TrainResult(work.user_id, None, tuple(losses), error, num_tokens)
             if progress:
-                progress(step_tokens[0], 1)
+                progress(step_tokens[0], [work.user_id])
         return TrainResult(work.user_id, bank.export(0), tuple(losses), None, num_tokens)
 
 

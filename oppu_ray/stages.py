@@ -27,7 +27,7 @@ from oppu_ray.files import write_atomic
 from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.machine import hardware
-from oppu_ray.packing import num_steps, plan_packs, plan_shards
+from oppu_ray.packing import PackForecast, num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
 from oppu_ray.privacy import epsilon, num_looks
 from oppu_ray.progress import Progress, only_driver, progress_bar, stop_on_sigterm
@@ -171,10 +171,11 @@ def _train(config: Config) -> dict[str, Any]:
         result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
         open_vault(config).close()
         label = f"personal adapters {config.memory.name}".rstrip()
+        forecast = PackForecast(shards, index.sizes("target"), config.personal)
         with (
             stop_on_sigterm() as should_stop,
             only_driver(_folder(config, "") / f".train-{run_id}.lock", should_stop),
-            progress_bar(label, num_users, "user", _folder(config, ""), "train", num_packs) as progress,
+            progress_bar(label, num_users, "user", _folder(config, ""), "train", num_packs, forecast) as progress,
         ):
             started = time.monotonic()
             units = [[(pack.user_ids,) for pack in shard] for shard in shards]
@@ -186,7 +187,9 @@ def _train(config: Config) -> dict[str, Any]:
                     num_to_retry += done.is_retryable
                 else:
                     num_trained += done.version is not None  # None: this run had committed the user before
-                tokens = done.num_tokens if config.workers.num_workers else 0  # inline, steps count their tokens
+                # The ranks of a shared-out base report users only, all other workers every step.
+                tokens = done.num_tokens if config.base.sharding == "zero3" else 0
+                forecast.user_done(done.user_id, is_new=tokens > 0)
                 progress.advance(0 if done.error else 1, tokens, failed=1 if done.error else 0)
         elapsed, num_done = time.monotonic() - started, progress.num_done
         remove_checkpoints(_folder(config, ""), run_id)

@@ -24,12 +24,12 @@ from torch.nn.functional import linear
 
 from oppu_ray.adapters import AdapterBank, BankLinear
 from oppu_ray.config import TrainConfig
-from oppu_ray.core import Example, TrainResult, UserWork
+from oppu_ray.core import Example, StepsDone, TrainResult, UserWork
 from oppu_ray.kernels import return_freed_memory, token_loss_gradient, token_losses
 from oppu_ray.packing import Stream, build_stream, make_rows, plan_passes, virtual_tokens
 
 HEAD_CHUNK = 256
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, Sequence[str]], None]
 Backward = Callable[
     [AdapterBank, Mapping[int, Sequence[Example]], TrainConfig, int], tuple[dict[int, float], dict[int, int]]
 ]
@@ -86,8 +86,8 @@ def train_pack(
     Args:
         model: A frozen Hugging Face causal LM; it is as before when the generator ends or is closed.
         pack: The users to train together.
-        progress: Called after each step with the useful tokens (each shared prefix counted once) and the number of
-            users still training.
+        progress: Called after each step with the useful tokens (each shared prefix counted once) and the ids of the
+            users who took it.
         state: Go on from here, with the same pack; users that had their result get no second one.
         between_steps: Called between two steps, when all results so far are yielded, with a function that takes the
             state; it may raise to stop.
@@ -99,7 +99,11 @@ def train_pack(
         others are untouched by it.
     """
     with attached(model, pack, config) as bank:
-        yield from _train(bank, pack, config, progress, state, between_steps, ranks, backward)
+        for event in train_steps(bank, pack, config, state, between_steps, ranks, backward):
+            if isinstance(event, TrainResult):
+                yield event
+            elif progress:
+                progress(*event)
 
 
 @contextmanager
@@ -122,16 +126,16 @@ def attached(model: nn.Module, pack: Sequence[UserWork], config: TrainConfig) ->
         return_freed_memory()
 
 
-def _train(
+def train_steps(
     bank: AdapterBank,
     pack: Sequence[UserWork],
     config: TrainConfig,
-    progress: Progress | None,
-    state: PackState | None,
-    between_steps: Callable[[Callable[[], PackState]], None] | None,
-    ranks: Ranks,
-    backward: Backward | None,
-) -> Generator[TrainResult]:
+    state: PackState | None = None,
+    between_steps: Callable[[Callable[[], PackState]], None] | None = None,
+    ranks: Ranks = ALONE,
+    backward: Backward | None = None,
+) -> Generator[TrainResult | StepsDone]:
+    """Train a pack in a bank of its own (`attached`), and say after each step who took it; else as `train_pack`."""
     users = {slot: user for slot, user in enumerate(pack) if state is None or user.user_id in state.users}
     losses: dict[int, list[float]] = {slot: [] for slot in users}
     tokens = dict.fromkeys(users, 0)
@@ -164,8 +168,7 @@ def _train(
                 error = f"step {step + 1}: loss {step_losses[slot]}, gradient norm {norms[slot]}" if broken else None
                 adapter = None if broken else bank.export(slot)
                 yield TrainResult(user.user_id, adapter, tuple(losses[slot]), error, tokens[slot])
-        if progress:
-            progress(sum(step_tokens.values()), len(users))
+        yield StepsDone(sum(step_tokens.values()), [pack[slot].user_id for slot in examples])
         if between_steps and users:
             between_steps(
                 lambda done=step + 1: PackState(

@@ -29,7 +29,7 @@ from oppu_ray.agreement import same_answers
 from oppu_ray.base_model import Base, load_base, prepare_base
 from oppu_ray.checkpoints import Checkpoint
 from oppu_ray.config import Config, StudyConfig, to_dict
-from oppu_ray.core import AdapterState, Example, Prediction, TrainResult, UserDone, UserHistory, UserWork
+from oppu_ray.core import AdapterState, Example, Prediction, StepsDone, TrainResult, UserDone, UserHistory, UserWork
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
 from oppu_ray.memory import Memories, Memory, choose_items, older_half
@@ -42,7 +42,7 @@ from oppu_ray.registry import Lease, Refused, RegistryError
 from oppu_ray.secure import derive
 from oppu_ray.tasks import get_task
 from oppu_ray.telemetry import Telemetry
-from oppu_ray.training import ALONE, PackState, Ranks, train_pack
+from oppu_ray.training import ALONE, PackState, Ranks, attached, train_steps
 from oppu_ray.vault import Manifest, open_vault
 
 TASK_ADAPTER = "task adapter"
@@ -93,6 +93,7 @@ class Worker:
         telemetry: Where to count; by default nowhere.
         should_stop: Asked between steps and units. When it says yes, training leaves a checkpoint and raises
             `Interrupted`.
+        report_every_s: How often `train` yields the steps taken since; None for never.
         opened: The task base, where it is open already.
         ranks: Who computes its passes.
     """
@@ -104,6 +105,7 @@ class Worker:
         run_id: str,
         telemetry: Telemetry | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        report_every_s: float | None = None,
         opened: Base | None = None,
         ranks: Ranks = ALONE,
     ):
@@ -114,6 +116,7 @@ class Worker:
         self.vault = open_vault(config)
         self.task_base_path, self.ranks = task_base, ranks
         self.telemetry, self.should_stop = telemetry or Telemetry(run_id), should_stop
+        self.report_every_s = report_every_s
         self._bases: dict[Path | None, Base] = {task_base: opened} if opened else {}
         is_private = config.privacy.noise_multiplier > 0
         self._noise = derive(noise_key(self.run_dir / "noise.key"), b"run", run_id.encode()) if is_private else None
@@ -129,7 +132,7 @@ class Worker:
         """The memories of the users; not made with the worker, for it may have to load an embedder."""
         return Memories(self.config, self.vault, profile_writer(self.config))
 
-    def train(self, unit: Unit, num_splits: int = 0, progress: Any = None) -> Iterator[UserDone]:
+    def train(self, unit: Unit, num_splits: int = 0) -> Iterator[UserDone | StepsDone]:
         """Train and commit a pack.
 
         A pack that does not get through (out of memory, say) is halved, and its halves, until a user fails alone.
@@ -168,13 +171,16 @@ class Worker:
             if committed.issuperset(left):
                 yield from map(_done_before, left)
                 return
-            pack = self._train_pack(base, works, leases, item_ids, progress)
+            pack = self._train_pack(base, works, leases, item_ids)
             while True:
                 try:
                     done = next(pack)
                 except StopIteration as end:
                     reason = end.value
                     break
+                if isinstance(done, StepsDone):
+                    yield done
+                    continue
                 left.remove(done.user_id)
                 yield replace(done, num_splits=num_splits)
         finally:
@@ -189,7 +195,7 @@ class Worker:
             return
         logger.warning("a pack of %d users is halved: %s", len(left), reason)
         for half in (left[: len(left) // 2], left[len(left) // 2 :]):
-            yield from self.train(tuple(half), num_splits + 1, progress)
+            yield from self.train(tuple(half), num_splits + 1)
 
     def _lease(self, unit: Unit, leases: dict[str, Lease]) -> Iterator[UserDone]:
         """Fill `leases`; yields the users that another run keeps for longer than a lease lives."""
@@ -219,24 +225,15 @@ class Worker:
         works: Sequence[UserWork],
         leases: dict[str, Lease],
         item_ids: dict[str, tuple[str, ...]],
-        progress: Any,
-    ) -> Generator[UserDone, None, str | None]:
+    ) -> Generator[UserDone | StepsDone, None, str | None]:
         """Train from the last checkpoint, if there is one. Returns why the pack did not get through, or None."""
         user_ids = [work.user_id for work in works]
         checkpoint = Checkpoint(self.run_dir, self.vault, self.run_id, user_ids, base.fingerprint)
         state, finished = checkpoint.load() or (None, [])
         yield from finished
-        stepped = saved = renewed = time.monotonic()
+        stepped = reported = saved = renewed = time.monotonic()
+        num_tokens, stepped_ids = 0, list[str]()  # not reported yet
         self.telemetry.set("oppu_bank_slots_used", len(works))
-
-        def step_done(num_tokens: int, num_users: int) -> None:
-            nonlocal stepped
-            now = time.monotonic()
-            self.telemetry.add("oppu_computed_tokens_total", num_tokens)
-            self.telemetry.set("oppu_useful_tokens_per_s", num_tokens / max(now - stepped, 1e-9))
-            stepped = now
-            if progress:
-                progress(num_tokens, num_users)
 
         def between_steps(take: Callable[[], PackState]) -> None:
             nonlocal saved, renewed
@@ -253,10 +250,24 @@ class Worker:
         reason, config = None, self.config.personal
         backward = private_backward(self.config.privacy, works, self._noise) if self._noise else None
         try:
-            for result in train_pack(base.model, works, config, step_done, state, between_steps, self.ranks, backward):
-                done = self._finish(result, base, item_ids[result.user_id], leases)
-                finished.append(done)
-                yield done
+            with attached(base.model, works, config) as bank:
+                for event in train_steps(bank, works, config, state, between_steps, self.ranks, backward):
+                    if isinstance(event, TrainResult):
+                        done = self._finish(event, base, item_ids[event.user_id], leases)
+                        finished.append(done)
+                        yield done
+                        continue
+                    now = time.monotonic()
+                    self.telemetry.add("oppu_computed_tokens_total", event.num_tokens)
+                    self.telemetry.set("oppu_useful_tokens_per_s", event.num_tokens / max(now - stepped, 1e-9))
+                    stepped = now
+                    num_tokens += event.num_tokens
+                    stepped_ids += event.user_ids
+                    if self.report_every_s is not None and now - reported >= self.report_every_s:
+                        yield StepsDone(num_tokens, stepped_ids)
+                        num_tokens, stepped_ids, reported = 0, [], now
+            if self.report_every_s is not None and stepped_ids:
+                yield StepsDone(num_tokens, stepped_ids)
         except (Interrupted, ValueError):  # a ValueError speaks of the config or the base, not of a user
             raise
         except Exception as error:
@@ -309,7 +320,7 @@ class Worker:
         examples = encode_user(self.config, user, base, self.memories.open(user))
         return plan_user(user.user_id, user_seed(self.config.seed, user.user_id), examples, self.config.personal)
 
-    def answer(self, unit: Unit, arm: str, partners: Unit = (), progress: Any = None) -> Iterator[Prediction]:
+    def answer(self, unit: Unit, arm: str, partners: Unit = ()) -> Iterator[Prediction]:
         """Answer the users' queries by one arm; `partners` are the users whose adapters "swapped" uses.
 
         Who was forgotten since the run began is left out, and who would answer by the adapter of such a user.
@@ -325,7 +336,7 @@ class Worker:
             adapters = [adapter for _, adapter in found if adapter]
         self.memories.write_profiles(users)
         memories = [self.memories.open(user) for user in users]
-        yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, memories, progress)
+        yield from evaluation.answer_users(base, self.task, self.config, arm, users, adapters, memories)
 
     def _adapter(self, user_id: str, base: Base) -> AdapterState | None:
         """The adapter that this run committed for the user, whatever has become current since; None if forgotten."""
@@ -420,12 +431,15 @@ def run_units(
 
         yield from run_on_ray(config, task_base, run_id, method, shards, progress, should_stop)
         return
-    worker = Worker(config, task_base, run_id, should_stop=should_stop)
-    options = {"progress": lambda tokens, _: progress.advance(0, tokens)} if method == "train" else {}
+    worker = Worker(config, task_base, run_id, should_stop=should_stop, report_every_s=0.0)
     for unit in (unit for shard in shards for unit in shard):
         if should_stop():
             raise Interrupted("stopped between two packs")
-        yield from getattr(worker, method)(*unit, **options)
+        for result in getattr(worker, method)(*unit):
+            if isinstance(result, StepsDone):
+                progress.stepped(*result)
+            else:
+                yield result
         progress.pack_done()
 
 

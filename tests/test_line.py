@@ -164,7 +164,7 @@ def test_a_second_run_trains_and_answers_nothing_again(inline: Path, monkeypatch
     before, evaluation, lines = versions(inline), result(inline, "evaluate"), predictions(inline)
     for module, name in (
         (stages, "_train_task_adapter"),
-        (workers, "train_pack"),
+        (workers, "train_steps"),
         (workers.evaluation, "answer_users"),
     ):
         monkeypatch.setattr(module, name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,14 @@ from oppu_ray.config import PeftConfig, TrainConfig
 from oppu_ray.core import Example, Pack, Prompt, TrainingPair, UserSize
 from oppu_ray.packing import (
     MAX_WORDS_PER_PACK,
+    PackForecast,
     Row,
     build_stream,
     encode,
     encode_prompt,
     first_tokens,
     make_rows,
+    num_steps,
     plan_packs,
     plan_passes,
     plan_shards,
@@ -29,6 +32,7 @@ from oppu_ray.packing import (
     shared_prefix,
     virtual_tokens,
 )
+from oppu_ray.plan import PlanConfig, simulate_users
 
 TOKENIZER = tiny_tokenizer()
 PROMPT = Prompt("which tag?", "a long film about robots", "tag:", "likes robots", ("seen: one", "seen: two"))
@@ -252,3 +256,58 @@ def test_a_completion_that_follows_the_prefix_at_once_is_predicted_by_the_prefix
 def test_only_prompt_tuning_has_virtual_tokens() -> None:
     kinds = (None, PeftConfig(), PeftConfig(kind="ia3"), PeftConfig(kind="prompt", num_virtual_tokens=5))
     assert [virtual_tokens(peft) for peft in kinds] == [0, 0, 0, 5]
+
+
+def training(shard: Sequence[Pack], sizes: dict[str, UserSize], config: TrainConfig) -> Iterator[tuple[float, str]]:
+    """The steps of a worker that trains 500 tokens a second: when each ends, and whose it was."""
+    at = 0.0
+    for pack in shard:
+        left = {user: num_steps(sizes[user].num_items, config) for user in pack.user_ids}
+        for step in range(max(left.values())):
+            users = [user for user, wanted in left.items() if wanted > step]
+            for user in users:
+                # Beside its words a step has 100 tokens of prompt, and a user's words have 1 to 2 tokens.
+                per_epoch = -(-sizes[user].num_items // config.items_per_step)
+                at += (100 + sizes[user].num_words / per_epoch * (1 + random.Random(user).random())) / 500
+            yield from ((at, user) for user in users)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_after_a_tenth_the_time_left_is_right_within_a_factor_of_two(num_workers: int, seed: int) -> None:
+    config = TrainConfig(max_users_per_pack=4)
+    users = simulate_users(PlanConfig(users=160, max_items=400, seed=seed))
+    sizes = {user.user_id: user for user in users}
+    shards = plan_shards(plan_packs(users, config), num_workers)
+    now, load_s, checked = 0.0, 60.0, 0
+    forecast = PackForecast(shards, users, config, lambda: now)
+    now = load_s
+    forecast.begin()
+    steps = sorted(step for shard in shards for step in training(shard, sizes, config))
+    end = steps[-1][0]
+    for at, user in steps:
+        now = load_s + at
+        forecast.stepped([user])
+        if 0.1 < at / end < 0.98:
+            assert forecast.left_s is not None and 0.5 < forecast.left_s / (end - at) < 2.0
+            assert abs(forecast.share - at / end) < 0.2
+            checked += 1
+    assert checked > 1000 and forecast.share == pytest.approx(1.0)
+
+
+def test_work_of_an_earlier_run_and_of_users_who_fail_says_nothing_about_speed() -> None:
+    config = TrainConfig(epochs=1, items_per_step=1)
+    users = [UserSize(name, 10, 100) for name in ("before", "failed", "done", "left")]
+    now = 0.0
+    packs = [Pack(number, (user.user_id,), 100) for number, user in enumerate(users)]
+    forecast = PackForecast([packs], users, config, lambda: now)
+    forecast.user_done("before")
+    now = 1.0
+    forecast.user_done("failed")
+    assert (forecast.share, forecast.left_s) == (0.5, None)
+    now = 20.0
+    forecast.stepped(["done"] * 11)  # one more than it has: a lost worker's step was taken again
+    forecast.user_done("done")
+    assert (forecast.share, forecast.left_s) == (0.75, 20.0)
+    now = 25.0
+    assert forecast.left_s == 15.0

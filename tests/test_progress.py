@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+from rich.console import Console
 
 from oppu_ray import progress as module
 from oppu_ray.cli import main
-from oppu_ray.progress import Interrupted, format_status, only_driver, progress_bar, read_status, stop_on_sigterm
+from oppu_ray.progress import (
+    Forecast,
+    Interrupted,
+    format_status,
+    only_driver,
+    progress_bar,
+    read_status,
+    stop_on_sigterm,
+)
 
 
 def test_the_status_counts_and_says_how_the_stage_ended(tmp_path: Path) -> None:
@@ -104,3 +115,59 @@ def test_a_disk_without_locks_trains_all_the_same(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module.fcntl, "flock", no_locks)
     with only_driver(tmp_path / "lock", lambda: False):
         pass
+
+
+def test_where_nothing_can_be_redrawn_there_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as continuous integration does, whose log is no terminal
+    forecast = Forecast([1000], lambda: now)
+    with progress_bar("users", 1000, "user", forecast=forecast) as progress:
+        for second in range(1000):
+            now = float(second)
+            progress.advance(1, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  1% users: 11 of 1000 users, 11 tokens/s, about 16 min 29 s left"
+    assert lines[-1] == "100% users: 1000 of 1000 users, 10 tokens/s" and 40 < len(lines) < 60
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_terminal_has_a_bar_and_a_dumb_one_lines(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with progress_bar("users", 4, "user") as progress:
+        progress.advance(4, 10)
+        print("recovering", file=module.sys.stderr)
+    shown = terminal.getvalue()
+    assert ("\x1b[" in shown and "━" in shown) == (kind == "xterm")
+    assert "users: 4 of 4 users, " in shown and shown.count("recovering") == 1
+
+
+@pytest.mark.parametrize("has_widgets", [True, False])
+def test_a_notebook_has_a_bar_if_it_can_show_one(has_widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Bar:
+        def __init__(self, *_: object, **__: object) -> None:
+            shown.append("bar")
+
+        def __enter__(self) -> MagicMock:
+            return MagicMock()
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(module, "Console", lambda **_: Console(force_jupyter=True))
+    monkeypatch.setattr(module, "find_spec", lambda name: has_widgets or None)
+    monkeypatch.setattr(module.rich_progress, "Progress", Bar)
+    with progress_bar("users", 4, "user"):
+        pass
+    assert shown == ["bar"] * has_widgets

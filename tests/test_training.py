@@ -220,12 +220,12 @@ def test_users_of_one_item_of_many_items_and_of_items_beyond_all_limits() -> Non
 
 def test_results_come_as_soon_as_a_user_is_done() -> None:
     short, long = make_user(0, LORA, random_examples(0, 2)), make_user(1, IA3, random_examples(1, 9))
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, Sequence[str]]] = []
     results = train_pack(tiny_model(), [long, short], TRAIN, lambda tokens, users: seen.append((tokens, users)))
     first = next(results)
     assert first.user_id == "user0" and len(first.losses) == 3 and len(seen) == 2
     (second,) = results
-    assert len(second.losses) == 9 and [users for _, users in seen] == [2, 2, 1, 1, 1, 1, 1, 1, 0]
+    assert len(second.losses) == 9 and [users for _, users in seen] == [["user1", "user0"]] * 3 + [["user1"]] * 6
     assert sum(tokens for tokens, _ in seen) == first.num_useful_tokens + second.num_useful_tokens
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_what_is_committed_is_not_trained_again(
     worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = {one.user_id: one.version for one in worker_of("run").train(USERS)}
-    monkeypatch.setattr(workers, "train_pack", None)
+    monkeypatch.setattr(workers, "train_steps", None)
     worker = worker_of("run")
     again = list(worker.train(USERS))
     assert [(one.user_id, one.version, one.error, one.num_tokens) for one in again] == [
@@ -130,7 +131,7 @@ def test_a_bad_user_fails_alone_and_is_named(
     assert done["user-1"].version is None and done["user-0"].error is done["user-2"].error is None
     assert worker.vault.done("run", USERS) == {"user-0", "user-2"}
     assert [one.user_id for one in worker.train(("user-1",))] == ["user-1"]
-    monkeypatch.setattr(workers, "train_pack", None)  # and the others are not trained again because of them
+    monkeypatch.setattr(workers, "train_steps", None)  # and the others are not trained again because of them
     assert {one.user_id: bool(one.error) for one in worker.train(USERS)} == {
         "user-0": False,
         "user-1": True,
@@ -184,7 +185,9 @@ def test_the_actor_is_the_worker_and_takes_what_ray_sends(tmp_path: Path, taggin
     inline = {one.user_id: replace(one, version=None) for one in run_units(config, base, "a", "train", [[(USERS,)]])}
     actor = RayWorker(json.loads(json.dumps(to_dict(config))), str(base), "b", 0)
     stream = actor.run("train", (USERS,))
-    done = [next(stream), stream.send("anything"), *stream]  # type: ignore[attr-defined]
+    *done, steps = [next(stream), stream.send("anything"), *stream]  # type: ignore[attr-defined]
+    taken = {one.user_id: one.num_steps for one in done}
+    assert (steps.num_tokens, Counter(steps.user_ids)) == (sum(one.num_tokens for one in done), Counter(taken))
     assert {one.user_id: replace(one, version=None) for one in done} == inline
     answers = actor.run("answer", (USERS, "task"))
     assert next(answers).query_id == "u0-3" and answers.send("anything").query_id == "u0-4"  # type: ignore[attr-defined]
@@ -284,17 +287,17 @@ def test_a_user_forgotten_while_in_training_does_not_come_back(worker_of: Callab
 def test_a_pack_that_does_not_get_through_is_halved_until_the_user_at_fault_fails_alone(
     worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    whole, worker, train_pack = worker_of("whole"), worker_of("run"), workers.train_pack
+    whole, worker, train_steps = worker_of("whole"), worker_of("run"), workers.train_steps
     list(whole.train(USERS))
     packs: list[tuple[str, ...]] = []
 
-    def train(model: Any, works: Any, *rest: Any) -> Iterator[Any]:
+    def train(bank: Any, works: Any, *rest: Any) -> Iterator[Any]:
         packs.append(tuple(work.user_id for work in works))
         if "user-1" in packs[-1]:
             raise error
-        yield from train_pack(model, works, *rest)
+        yield from train_steps(bank, works, *rest)
 
-    monkeypatch.setattr(workers, "train_pack", train)
+    monkeypatch.setattr(workers, "train_steps", train)
     done = {one.user_id: one for one in worker.train(USERS)}
     assert packs == [USERS, ("user-0",), ("user-1", "user-2"), ("user-1",), ("user-2",)]
     assert str(done["user-1"].error).startswith(f"user 'user-1': {reason}") and "secret" not in str(done)
