@@ -8,13 +8,14 @@ explains its own null results: each sentence is a rule over the figures, printed
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from oppu_ray import plots
 from oppu_ray.evaluation import HEURISTIC_ARMS, explain, parse_arm
@@ -483,48 +484,11 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 def to_html(blocks: Sequence[Block], pictures: dict[str, bytes]) -> str:
     """The page as one file: style and pictures inside, no script, nothing to fetch."""
-    parts = []
-    for block in blocks:
-        text = html.escape(block.text)
-        if block.kind == "table":
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)
-            rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in block.rows)
-            parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
-        elif block.kind == "picture":
-            data = base64.b64encode(pictures[block.name]).decode()
-            image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
-            parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
-        else:
-            tag = {"title": "h1", "heading": "h2", "text": "p"}[block.kind]
-            parts.append(f"<{tag}>{text}</{tag}>")
-    title = html.escape(next((block.text for block in blocks if block.kind == "title"), "report"))
-    return _PAGE.format(title=title, style=_STYLE, body="\n".join(parts))
+    page = Environment(loader=PackageLoader("oppu_ray"), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    data = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
+    return page.get_template("report.html").render(blocks=blocks, pictures=data, cell_class=_cell_class)
 
 
-def _cell(text: str) -> str:
-    name = _CSS.get(text.partition(" (")[0], "long" if len(text) > 60 else "")
-    return f'<td class="{name}">{html.escape(text)}</td>' if name else f"<td>{html.escape(text)}</td>"
-
-
-_CSS = {NOT_SUPPORTED: "no", TOO_LITTLE: "open", SUPPORTED: "yes"}
-_PAGE = (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    "<title>{title}</title>\n<style>{style}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-)
-_STYLE = """
-body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #1f2937; background: #f8fafc }
-main { max-width: 1140px; margin: 0 auto; padding: 2rem 1.5rem 4rem; background: #fff }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid #e5e7eb }
-p { max-width: 46rem }
-.wide { overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; white-space: nowrap }
-td { border-bottom: 1px solid #e5e7eb }
-td.long { white-space: normal; min-width: 24rem }
-th { color: #4b5563; font-weight: 600; border-bottom: 2px solid #cbd5e1 }
-td.yes { color: #046c4e } td.no { color: #9b2c2c } td.open { color: #8a6100 }
-figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }
-figcaption { font-size: .84rem; color: #4b5563 }
-"""
+def _cell_class(text: str) -> str:
+    verdicts = {NOT_SUPPORTED: "no", TOO_LITTLE: "open", SUPPORTED: "yes"}
+    return verdicts.get(text.partition(" (")[0], "long" if len(text) > 60 else "")
