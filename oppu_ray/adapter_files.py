@@ -242,8 +242,8 @@ def _check_options(config: Mapping[str, Any], kind: str, where: str) -> None:
     if kind == "LORA":
         _check_count(config, "r", where)
         alpha = config.get("lora_alpha")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-            raise ValueError(f"{where}: lora_alpha is {alpha!r}; expected a finite number")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
+            raise ValueError(f"{where}: lora_alpha is {alpha!r}; expected a number above 0 and below 1e9")
         if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
             raise ValueError(
                 f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base; "

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 # Transformers and accelerate import it where it is installed; it then asks for packages that nobody needs here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-DTYPES = ("bfloat16", "float16", "float32")
 FINGERPRINT_NAME = "fingerprint.json"
 WIDE_NAME = "float32"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -104,7 +103,6 @@ def prepare_base(config: BaseConfig, home: Path | None = None) -> Path:
     Raises:
         ValueError: naming the base, what was found and what is expected.
     """
-    _check_dtype(config.dtype)
     name = config.name
     if name.startswith("embedded:"):
         if name not in EMBEDDED:
@@ -145,11 +143,7 @@ def load_base(config: BaseConfig, path: Path | None = None, compute: str = "") -
     """
     import torch
 
-    _check_dtype(config.dtype)
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ValueError(f"base.device is {config.device!r}; expected cpu, cuda or cuda:<number>") from error
+    device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"base.device is {config.device!r}, but torch {torch.__version__} finds no GPU; expected cpu")
     folder = prepare_base(config) if path is None else path
@@ -238,11 +232,6 @@ def merge_adapter(
             rest_OI = torch.from_numpy(residual[name]) if residual else 0.0
             linear.weight.copy_(linear.weight.float() + scale * (b_OR @ a_RI) + rest_OI)
         return _write_base(model, tokenizer, partial)
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"base.dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def _digest_tensor(name: str, tensor: torch.Tensor) -> bytes:

@@ -1,29 +1,75 @@
 """One YAML file plus `dotted.key=value` overrides -> one frozen, checked `Config`.
 
-A reader might question the conversion by field type: PyYAML reads `1e-4` as a string, so every leaf is converted by the
-dataclass field's own type, and an unknown key is an error that lists the known ones.
+Sections are pydantic dataclasses: types, choices, bounds and clashes are checked wherever one is made, so a `Config`
+that exists is valid. Checks that need more than the values (files, the base) are made by the stages.
+
+Design: YAML scalars are read as the text that was typed, and converted by the field's type. PyYAML's own guesses would
+turn a folder `20240501_1200` into a number, `12:30:00` into seconds, `no` into false and `1e-4` into a text.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import os
 import re
 import reprlib
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
-STRATEGIES = ("next_token", "stem", "completion", "title_to_abstract")
-PAIR_FORMS = ("aligned", *STRATEGIES, "mixed")
+# A limit on texts makes pydantic look into them: without one, a lone surrogate would pass.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, str_max_length=2**20)
 
 
-@dataclass(frozen=True)
+def _whole(value: Any) -> Any:
+    """`1e6` is a whole number too; pydantic reads digits only."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value) and float(value).is_integer():
+        return int(float(value))
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+
+Format = Literal["jsonl", "lamp", "oppu", "hf", "table", "chitchat"]
+Strategy = Literal["next_token", "stem", "completion", "title_to_abstract"]
+PairForm = Literal["aligned", "next_token", "stem", "completion", "title_to_abstract", "mixed"]
+Preset = Literal["default", "paper", "code-compat"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def section(kind: type[T]) -> type[T]:
+    """Make a class a frozen pydantic dataclass whose errors are one line for each bad field."""
+    made: Any = dataclass(kind, frozen=True, config=STRICT)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            init(self, *values, **named)
+        except ValidationError as error:
+            raise _rejection(kind, error, kind.__name__) from None
+
+    made.__init__ = checked
+    return made  # type: ignore[no-any-return]
+
+
+@section
 class DataConfig:
     """Where histories come from. `format`: jsonl, lamp, oppu, hf, table (CSV or Parquet) or chitchat (embedded).
 
@@ -33,35 +79,35 @@ class DataConfig:
     and takes targets from its base users: settings are chosen on them, never on the users they are shown on.
     """
 
-    format: str = "jsonl"
+    format: Format = "jsonl"
     path: str = ""
     outputs_path: str = ""
     hf_name: str = ""
     hf_split: str = "train"
-    columns: dict[str, str] = field(default_factory=dict)
-    num_targets: int = 0
-    num_base: int = 0
-    target_order: str = "active"
-    query_share: float = 0.2
-    max_queries_per_user: int = 20
-    min_items: int = 2
-    max_items_per_user: int = 0
-    first_queries: int = 0
+    columns: dict[str, str | None] = field(default_factory=dict)
+    num_targets: Count = 0
+    num_base: Count = 0
+    target_order: Literal["active", "file", "hash"] = "active"
+    query_share: Probability = 0.2
+    max_queries_per_user: Count = 20
+    min_items: Count = 2
+    max_items_per_user: Count = 0
+    first_queries: Count = 0
     base_only: bool = False
 
 
-@dataclass(frozen=True)
+@section
 class TaskConfig:
     """What is asked. `labels` overrides the task table's label set; `strategy` is for items without a label."""
 
     name: str = "chat_reply"
     labels: tuple[str, ...] = ()
-    strategy: str = ""
-    prompt_order: str = "shared_first"
-    max_input_words: int = 256
+    strategy: Literal["", Strategy] = ""
+    prompt_order: Literal["shared_first", "paper"] = "shared_first"
+    max_input_words: Count = 256
 
 
-@dataclass(frozen=True)
+@section
 class MemoryConfig:
     """What of a user's past stands in their prompts: `top_k` retrieved items and, if asked for, a text profile.
 
@@ -77,14 +123,14 @@ class MemoryConfig:
         top_k: This and `with_profile` are the arm's, named in `evaluate.arms` ("oppu_k2", "pag"), never in a file.
     """
 
-    retriever: str = "bm25"
+    retriever: Literal["bm25", "dense", "hybrid", "recency", "random"] = "bm25"
     embedder: str = "embedded:minilm-l6"
-    faiss_device: str = "cpu"
+    faiss_device: Literal["cpu", "gpu"] = "cpu"
     profile: str = "template"
-    max_words: int = 32
-    max_tokens: int = 512
+    max_words: Count = 32
+    max_tokens: Count = 512
     same_construction: bool = True
-    top_k: int = 0
+    top_k: Count = 0
     with_profile: bool = False
 
     @property
@@ -113,7 +159,7 @@ class MemoryConfig:
         return self.max_tokens if self.name else 0
 
 
-@dataclass(frozen=True)
+@section
 class BaseConfig:
     """The frozen base model: a hub id, a local folder, or `embedded:smollm2-135m` / `embedded:gemma3-270m`.
 
@@ -123,17 +169,15 @@ class BaseConfig:
     """
 
     name: str = "embedded:smollm2-135m"
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: str = "cpu"
-    sharding: str = "none"
+    sharding: Literal["none", "zero3"] = "none"
     deepspeed: str = ""
-    quantization: str = "none"
+    quantization: Literal["none", "int8", "nf4"] = "none"
 
     def __post_init__(self) -> None:
-        if self.sharding not in ("none", "zero3"):
-            raise ValueError(f"base.sharding is {self.sharding!r}; expected none or zero3")
-        if self.quantization not in ("none", "int8", "nf4"):
-            raise ValueError(f"base.quantization is {self.quantization!r}; expected none, int8 or nf4")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"base.device: found {self.device!r}; expected cpu, cuda or cuda:<number>")
         if self.quantization != "none" and (self.deepspeed or self.sharding != "none"):
             raise ValueError(
                 f"base.quantization is {self.quantization!r}, and DeepSpeed cannot share such a base out; expected "
@@ -141,61 +185,52 @@ class BaseConfig:
             )
 
 
-@dataclass(frozen=True)
+@section
 class PeftConfig:
     """One adapter's shape. `kind`: lora, ia3 or prompt. Empty `target_modules` means the kind's default."""
 
-    kind: str = "lora"
-    rank: int = 8
-    alpha: float = 16.0
+    kind: Literal["lora", "ia3", "prompt"] = "lora"
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0, lt=1e9)] = 16.0
     rslora: bool = False
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] = ()
-    num_virtual_tokens: int = 8
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("lora", "ia3", "prompt"):
-            raise ValueError(f"peft.kind is {self.kind!r}; expected lora, ia3 or prompt")
-        for name in ("rank", "num_virtual_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"peft.{name} is {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"peft.dropout is {self.dropout}; expected at least 0 and below 1")
+    num_virtual_tokens: Positive = 8
 
 
-@dataclass(frozen=True)
+@section
 class TrainConfig:
     """How one adapter is trained (lengths in tokens). `max_steps` 0 means: as many as `epochs` asks for."""
 
     peft: PeftConfig = field(default_factory=PeftConfig)
-    learning_rate: float = 1e-3
-    schedule: str = "linear"
-    warmup_share: float = 0.1
-    epochs: int = 3
-    max_steps: int = 0
-    items_per_step: int = 16
-    weight_decay: float = 0.01
-    clip_norm: float = 0.3
-    max_length: int = 1024
+    learning_rate: Above0 = 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_share: Share = 0.1
+    epochs: Positive = 3
+    max_steps: Count = 0
+    items_per_step: Positive = 16
+    weight_decay: NotNegative = 0.01
+    clip_norm: NotNegative = 0.3
+    max_length: Positive = 1024
     share_prefix: bool = True
-    max_users_per_pack: int = 32
-    max_tokens_per_pass: int = 4096
+    max_users_per_pack: Positive = 32
+    max_tokens_per_pass: Positive = 4096
     gradient_checkpointing: bool = False
 
 
-@dataclass(frozen=True)
+@section
 class PrivacyConfig:
     """Personal training under DP-SGD; a `noise_multiplier` of 0 trains without.
 
     Each item's gradient is cut to the norm `clip_norm`; their sum gets noise of `noise_multiplier` times that.
     """
 
-    noise_multiplier: float = 0.0
-    clip_norm: float = 1.0
-    delta: float = 1e-5
+    noise_multiplier: NotNegative = 0.0
+    clip_norm: Above0 = 1.0
+    delta: Probability = 1e-5
 
 
-@dataclass(frozen=True)
+@section
 class FederatedConfig:
     """The task adapter in rounds over `num_shards` shards that keep their users' text; 0 trains it in one place.
 
@@ -221,36 +256,28 @@ class FederatedConfig:
         round_timeout_s: Shards that have not answered by then are left out of the round.
     """
 
-    num_shards: int = 0
-    num_rounds: int = 10
-    local_steps: int = 4
-    split: str = "users"
-    client: str = "shard"
-    client_share: float = 1.0
-    min_shards: int = 0
-    method: str = "ffa"
-    ranks: tuple[int, ...] = ()
-    prox: float = 0.0
-    server: str = "mean"
-    server_rate: float = 1e-3
-    robust: str = "none"
-    robust_factor: float = 2.0
-    trim_share: float = 0.2
+    num_shards: Count = 0
+    num_rounds: Positive = 10
+    local_steps: Positive = 4
+    split: Literal["users", "items"] = "users"
+    client: Literal["shard", "user"] = "shard"
+    client_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_shards: Count = 0
+    method: Literal["ffa", "product", "naive"] = "ffa"
+    ranks: tuple[Positive, ...] = ()
+    prox: NotNegative = 0.0
+    server: Literal["mean", "adam"] = "mean"
+    server_rate: Above0 = 1e-3
+    robust: Literal["none", "clip", "trim"] = "none"
+    robust_factor: Above0 = 2.0
+    trim_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     secure: bool = False
-    noise_multiplier: float = 0.0
-    clip_norm: float = 0.1
-    delta: float = 1e-5
-    round_timeout_s: float = 600.0
+    noise_multiplier: NotNegative = 0.0
+    clip_norm: Above0 = 0.1
+    delta: Probability = 1e-5
+    round_timeout_s: Above0 = 600.0
 
     def __post_init__(self) -> None:
-        for name, known in _FEDERATED_CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"federated.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
-        for name in ("client_share", "round_timeout_s", "robust_factor", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"federated.{name} is {getattr(self, name)}; expected more than 0")
-        if not 0 <= self.trim_share < 0.5:
-            raise ValueError(f"federated.trim_share is {self.trim_share}; expected at least 0 and below 0.5")
         clashes = [
             (self.method == "product", "method product", self.secure, "secure: masks hide the factors"),
             (
@@ -276,16 +303,7 @@ class FederatedConfig:
                 raise ValueError(f"federated.{name} does not go with federated.{reason}")
 
 
-_FEDERATED_CHOICES = {
-    "split": ("users", "items"),
-    "client": ("shard", "user"),
-    "method": ("ffa", "product", "naive"),
-    "server": ("mean", "adam"),
-    "robust": ("none", "clip", "trim"),
-}
-
-
-@dataclass(frozen=True)
+@section
 class StudyConfig:
     """How a study bends what personal adapters learn from; retrieval and task adapter stay. The defaults bend nothing.
 
@@ -297,13 +315,11 @@ class StudyConfig:
     """
 
     items: str = "all"
-    pairs: str = "aligned"
+    pairs: PairForm = "aligned"
 
     def __post_init__(self) -> None:
         if self.items not in ("all", "similar", "dissimilar") and not re.fullmatch(r"last_[1-9]\d*", self.items):
-            raise ValueError(f"study.items is {self.items!r}; expected all, last_<n>, similar or dissimilar")
-        if self.pairs not in PAIR_FORMS:
-            raise ValueError(f"study.pairs is {self.pairs!r}; expected one of {', '.join(PAIR_FORMS)}")
+            raise ValueError(f"study.items: found {self.items!r}; expected all, last_<n>, similar or dissimilar")
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -311,18 +327,18 @@ class StudyConfig:
         return {} if self == StudyConfig() else {"study": to_dict(self)}
 
 
-@dataclass(frozen=True)
+@section
 class EvalConfig:
     """Which arms answer, and how. `max_users` 0 means all targets."""
 
     arms: tuple[str, ...] = ("majority_global", "majority_user", "last_user", "base", "task", "oppu", "swapped")
-    max_users: int = 0
-    max_new_tokens: int = 32
-    batch_rows: int = 32
-    num_bootstrap: int = 10_000
+    max_users: Count = 0
+    max_new_tokens: Positive = 32
+    batch_rows: Positive = 32
+    num_bootstrap: Positive = 10_000
 
 
-@dataclass(frozen=True)
+@section
 class WorkersConfig:
     """`num_workers` 0 runs inline in this process; otherwise that many Ray actors, each owning a shard of users.
 
@@ -332,15 +348,15 @@ class WorkersConfig:
     training, are a group: if one is silent for `group_timeout_s`, all start again.
     """
 
-    num_workers: int = 0
-    threads: int = 0
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    checkpoint_every_s: float = 300.0
-    group_timeout_s: float = 600.0
+    num_workers: Count = 0
+    threads: Count = 0
+    cpus_per_worker: NotNegative = 1.0
+    gpus_per_worker: NotNegative = 0.0
+    checkpoint_every_s: NotNegative = 300.0
+    group_timeout_s: Above0 = 600.0
 
 
-@dataclass(frozen=True)
+@section
 class ServeConfig:
     """How answers are served. `max_length` is prompt and answer together, in tokens.
 
@@ -350,23 +366,35 @@ class ServeConfig:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    min_replicas: int = 1
-    max_replicas: int = 1
-    cpus_per_replica: float = 1.0
-    gpus_per_replica: float = 0.0
-    num_slots: int = 64
-    max_rows: int = 32
-    max_queued: int = 64
-    max_length: int = 1024
-    max_new_tokens: int = 256
-    prefix_bytes: int = 256 * 2**20
-    max_items: int = 10_000
-    requests_per_user: int = 8
-    deadline_s: float = 60.0
+    port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
+    min_replicas: Positive = 1
+    max_replicas: Positive = 1
+    cpus_per_replica: NotNegative = 1.0
+    gpus_per_replica: NotNegative = 0.0
+    num_slots: Positive = 64
+    max_rows: Positive = 32
+    max_queued: Count = 64
+    max_length: Positive = 1024
+    max_new_tokens: Positive = 256
+    prefix_bytes: Count = 256 * 2**20
+    max_items: Positive = 10_000
+    requests_per_user: Positive = 8
+    deadline_s: Above0 = 60.0
+
+    def __post_init__(self) -> None:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"serve.max_replicas: found {self.max_replicas}; expected at least serve.min_replicas, "
+                f"{self.min_replicas}"
+            )
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"serve.max_new_tokens: found {self.max_new_tokens}; expected less than serve.max_length, "
+                f"{self.max_length}"
+            )
 
 
-@dataclass(frozen=True)
+@section
 class VaultConfig:
     """Where users are kept. `path` "" is `<run_dir>/vault`, `registry_url` "" an SQLite file in it.
 
@@ -379,13 +407,13 @@ class VaultConfig:
     encrypt: bool = False
 
 
-@dataclass(frozen=True)
+@section
 class Config:
     """The whole run. Outputs go to `run_dir`; `preset` fills in a published recipe under the file's own keys."""
 
     run_dir: str = "runs/demo"
-    preset: str = "default"
-    seed: int = 0
+    preset: Preset = "default"
+    seed: Count = 0
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -399,6 +427,47 @@ class Config:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     vault: VaultConfig = field(default_factory=VaultConfig)
+
+    def __post_init__(self) -> None:
+        base, workers = self.base, self.workers
+        uses_gpus, has_group = base.device.startswith("cuda"), bool(base.deepspeed)
+        devices = f"base.device is {base.device!r} and workers.gpus_per_worker is {workers.gpus_per_worker:g}"
+        private = "privacy.noise_multiplier protects an item in its own example"
+        clashes = [
+            (
+                (workers.num_workers > 0 or has_group) and uses_gpus != (workers.gpus_per_worker > 0),
+                f"{devices}; expected cuda and above 0, or cpu and 0",
+            ),
+            (
+                has_group and not workers.num_workers,
+                "workers.num_workers is 0, but base.deepspeed needs ranks; expected at least 1",
+            ),
+            (
+                base.sharding == "zero3" and not has_group,
+                "base.deepspeed is empty; expected a DeepSpeed JSON file such as cluster/deepspeed/zero3.json",
+            ),
+            (
+                base.sharding == "zero3" and self.personal.peft.kind == "prompt",
+                "personal.peft.kind is 'prompt', which starts from embeddings, and with base.sharding zero3 no rank "
+                "has them whole; expected lora or ia3",
+            ),
+            (
+                self.privacy.noise_multiplier > 0 and base.sharding != "none",
+                "privacy.noise_multiplier needs each item's own gradient; expected base.sharding=none",
+            ),
+            (
+                self.privacy.noise_multiplier > 0 and any(arm.startswith("oppu_") for arm in self.evaluate.arms),
+                f"{private}, and arms of evaluate.arms with a user's own adapter and a memory (oppu_k<K>, oppu_pag) "
+                "show it in others' prompts; expected oppu alone",
+            ),
+            (
+                self.privacy.noise_multiplier > 0 and self.study != StudyConfig(),
+                f"{private}, and by a study it decides over others'; expected study.items=all study.pairs=aligned",
+            ),
+        ]
+        for clash, reason in clashes:
+            if clash:
+                raise ValueError(reason)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -435,37 +504,37 @@ PRESETS["code-compat"] = {
 }
 
 
-def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and apply `dotted.key=value` overrides; the values are YAML too.
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `dotted.key=value` overrides.
+
+    An override of a text field is taken as typed (`run_dir=20240501_1200`, `data.path=/data/chats #1/u.jsonl`); one of
+    a list or a section is YAML (`task.labels=[007, 1:30]`).
 
     Raises:
-        ValueError: The file is missing or no mapping, a key is unknown, or a value has the wrong type; each names the
-            file and the key.
+        ValueError: The file is missing or no mapping, a key is unknown, or a value does not fit; one line for each,
+            with the file, the key, what was found and what is expected.
     """
-    values = _read(path, overrides)
-    preset = values.get("preset", Config.preset)
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"{path}: preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}")
-    config: Config = _build(Config, _merge(PRESETS[preset], values), str(path), "")
+    values = _read(Config, path, overrides)
+    preset = values.get("preset")
+    recipe = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    config = _check(Config, _merge(recipe, values), f"config {path}")
     if config.memory.name:
         raise ValueError(
-            f"{path}: memory.top_k and memory.with_profile are named by the arm: evaluate.arms=[oppu_k2, pag]"
+            f"config {path}: memory.top_k and memory.with_profile are named by the arm: evaluate.arms=[oppu_k2, pag]"
         )
     return config
 
 
 def load_as(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """Any other config dataclass from a YAML file and overrides; errors as in `load_config`."""
-    built: T = _build(kind, _read(path, overrides), str(path), "")
-    return built
+    return _check(kind, _read(kind, path, overrides), f"config {path}")
 
 
 def from_overrides(default: T, overrides: Sequence[str]) -> T:
     """A copy of any config dataclass with `dotted.key=value` overrides applied; errors as in `load_config`."""
     values = to_dict(default)
-    _override(values, overrides)
-    built: T = _build(type(default), values, "command line", "")
-    return built
+    _override(type(default), values, overrides)
+    return _check(type(default), values, "command line")
 
 
 def located(config: Config) -> Config:
@@ -502,30 +571,79 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`."""
-    return _build(Config, values, "config", "")
+    return _check(Config, values, "config")
 
 
-def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+class _TextLoader(yaml.SafeLoader):
+    """YAML whose scalars are text as typed, but for null. A key that is given twice is an error."""
+
+    yaml_implicit_resolvers = {
+        first: [one for one in known if one[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    where = f"key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, where, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _OverrideLoader(_TextLoader):
+    """The value of an override: no comments, so `#` (hidden from the scanner as `HASH`) is text too."""
+
+    HASH = "\ue000"
+
+    def construct_scalar(self, node: Any) -> Any:
+        return super().construct_scalar(node).replace(self.HASH, "#")
+
+
+def _read(kind: type, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot read the config: {error}") from error
+        raise ValueError(f"config {path}: cannot read the config: {error}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    _override(values, overrides)
+        raise ValueError(f"config {path}: found {type(values).__name__}; expected a mapping of keys")
+    _override(kind, values, overrides)
     return values
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
+def _override(kind: type, values: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: expected dotted.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
-        _set(values, key.split("."), value, override)
+        keys = key.split(".")
+        _set(values, keys, _value(text, _type_at(kind, keys), override), override)
+
+
+def _value(text: str, kind: Any, override: str) -> Any:
+    """What an override's text says for a field of type `kind`."""
+    is_text = kind is str or typing.get_origin(kind) is Literal or type(None) in get_args(kind)
+    if is_text and text[:1] not in ("'", '"'):
+        return None if text == "null" and type(None) in get_args(kind) else text
+    try:
+        return yaml.load(text.replace("#", _OverrideLoader.HASH), _OverrideLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        if is_text:
+            return text
+        raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _type_at(kind: Any, keys: Sequence[str]) -> Any:
+    """The type of the field at a dotted key; None where there is none."""
+    for key in keys:
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(key)
+        else:
+            kind = get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return kind
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -546,47 +664,63 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _build(cls: Any, values: Any, source: str, at: str) -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"{source}: {at or 'top level'}: expected a section, found {reprlib.repr(values)}")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(map(str, values)) - set(hints))
-    if unknown:
-        raise ValueError(f"{source}: unknown key {f'{at}{unknown[0]}'!r}; expected one of {', '.join(hints)}")
-    return cls(**{key: _convert(hints[key], value, source, at + key) for key, value in values.items()})
-
-
-def _convert(kind: Any, value: Any, source: str, at: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, source, f"{at}.")
-    origin = typing.get_origin(kind)
-    # Not the whole value: by YAML's references a few lines can say billions of things.
-    wrong = ValueError(f"{source}: {at}: expected {getattr(kind, '__name__', kind)}, found {reprlib.repr(value)}")
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise wrong
-        return tuple(_convert(typing.get_args(kind)[0], part, source, at) for part in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong
-        return {str(key): _convert(str, part, source, f"{at}.{key}") for key, part in value.items()}
-    if kind is bool or isinstance(value, bool):
-        if kind is not bool or not isinstance(value, bool):
-            raise wrong
-        return value
-    if kind is str:
-        if not isinstance(value, str | int | float):
-            raise wrong
-        try:
-            str(value).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{source}: {at}: a lone surrogate in {reprlib.repr(value)}; expected Unicode") from None
-        return str(value)
-    if kind is int and isinstance(value, int):
-        return value  # not by way of float, which would round a large seed
+def _check(kind: type[T], values: dict[str, Any], source: str) -> T:
     try:
-        if kind is int and float(value) != int(float(value)):
-            raise wrong
-        return int(float(value)) if kind is int else float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
+        return TypeAdapter(kind).validate_python(values, strict=False)  # texts of the file become numbers
+    except ValidationError as error:
+        raise _rejection(kind, error, source) from None
+
+
+def _rejection(kind: type, error: ValidationError, source: str) -> ValueError:
+    found = [_sentence(kind, one) for one in error.errors(include_url=False)]
+    return ValueError("\n".join(f"{source}: {sentence}" for sentence in found))
+
+
+def _sentence(kind: Any, error: Any) -> str:
+    """One of pydantic's errors as `key: found value; expected what`."""
+    keys = [str(part) for part in error["loc"]]
+    where = ".".join(keys)
+    if error["type"] == "value_error":  # raised by a section's own check, which names the keys
+        return str(error["ctx"]["error"])
+    if error["type"] == "unexpected_keyword_argument":
+        known = list(typing.get_type_hints(_type_at(kind, keys[:-1])))
+        near = _near(keys[-1], known) or [key for key in _keys(kind) if key.split(".")[-1] == keys[-1]]
+        return f"{where}: unknown key; expected one of {', '.join(known)}{_did_you_mean(near)}"
+    # Not the whole value: by YAML's references a few lines can say billions of things.
+    found = "nothing" if error["input"] is None else reprlib.repr(error["input"])
+    expected = error["msg"].removeprefix("Input should be ").split(", unable to")[0]
+    for theirs, ours in _WORDS.items():
+        expected = expected.replace(theirs, ours)
+    if error["type"] == "dataclass_type":
+        expected = "a section"
+    is_near = error["type"] == "literal_error" and isinstance(error["input"], str)
+    near = _near(error["input"], re.findall(r"'([^']*)'", expected)) if is_near else []
+    return f"{where}: found {found}; expected {expected}{_did_you_mean(near)}"
+
+
+_WORDS = {
+    "valid tuple": "list",
+    "valid dictionary": "mapping",
+    "valid integer": "whole number",
+    "valid number": "number",
+    "a valid boolean": "true or false",
+    "valid string": "text",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+"""Pydantic's words, and ours."""
+
+
+def _near(word: str, known: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(word, known, 1)
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _keys(kind: Any, at: str = "") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(kind).items():
+        yield at + name
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(hint, f"{at}{name}.")

@@ -100,8 +100,6 @@ def read_users(data: DataConfig, task: Task) -> Iterator[RawUser | Rejected]:
     if data.format == "chitchat":
         return _read_chitchat(Path(data.path) if data.path else fetch_wheel(CHITCHAT, oppu_home() / "wheels"))
     readers = {"jsonl": _read_jsonl, "table": _read_table, "lamp": _read_lamp, "oppu": _read_oppu}
-    if data.format not in readers:
-        raise ValueError(f"data.format: expected one of {', '.join([*readers, 'hf', 'chitchat'])}, got {data.format!r}")
     if not data.path or not Path(data.path).exists():
         raise ValueError(f"data.path: {data.path!r} does not exist; format {data.format!r} needs it")
     return readers[data.format](data, task)
@@ -467,7 +465,7 @@ def _group_rows(
     """Users of a table of items, in the order of their first rows."""
     if unknown := set(data.columns) - set(TABLE_FIELDS):
         raise ValueError(f"data.columns: unknown field {min(unknown)!r}; expected one of {', '.join(TABLE_FIELDS)}")
-    if absent := set(data.columns.values()) - set(names):
+    if absent := set(filter(None, data.columns.values())) - set(names):
         raise ValueError(f"data.columns: {path} has no column {min(absent)!r}; it has {', '.join(names)}")
     columns = {field: data.columns.get(field, field) for field in TABLE_FIELDS}
     if columns["user_id"] not in names:

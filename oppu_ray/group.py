@@ -56,11 +56,6 @@ def train_shards(
         ClusterLost: The group failed `MAX_RESTARTS` times and once more. What is committed stays so.
         Interrupted: `should_stop` said yes.
     """
-    if config.personal.peft.kind == "prompt":
-        raise ValueError(
-            "personal.peft.kind is 'prompt', which starts from embeddings, and with base.sharding zero3 no rank has "
-            "them whole; expected lora or ia3"
-        )
     telemetry = _start(config, run_id)
     packs = [(rank, set(unit[0])) for rank, shard in enumerate(shards) for unit in shard]
     pack_of = {user_id: pack for pack in packs for user_id in pack[1]}
@@ -109,16 +104,8 @@ def adapt(config: Config, progress: Progress) -> TrainResult:
 
 
 def _start(config: Config, run_id: str) -> Telemetry:
-    """Check that the config fits a group, and connect to Ray."""
+    """Read the DeepSpeed file, so that a bad one is named here, and connect to Ray."""
     read_settings(config.base)
-    workers = config.workers
-    if workers.num_workers < 1:
-        raise ValueError(f"workers.num_workers is {workers.num_workers}, but base.deepspeed needs ranks; expected >= 1")
-    if (torch.device(config.base.device).type == "cuda") != (workers.gpus_per_worker > 0):
-        raise ValueError(
-            f"base.device is {config.base.device!r} and workers.gpus_per_worker {workers.gpus_per_worker}; expected "
-            "cuda and 1, or cpu and 0"
-        )
     connect()
     return Telemetry(run_id)
 

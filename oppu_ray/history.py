@@ -60,9 +60,8 @@ def load_histories(data: DataConfig, task: TaskConfig, seed: int) -> tuple[list[
     the source names, or by time the last `query_share` of the items; a base user's items are past and later together.
 
     Raises:
-        ValueError: The source cannot be read, an option is out of range, or no good user remains.
+        ValueError: The source cannot be read, or no good user remains.
     """
-    _check_options(data)
     row = get_task(task)
     users: dict[str, _User] = {}
     rejected: list[Rejected] = []
@@ -157,16 +156,6 @@ def parse_time(time: str) -> datetime.datetime:
         raise ValueError(f"{time}: expected Unix seconds")
     moment = datetime.datetime.fromisoformat(time)
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-
-
-def _check_options(data: DataConfig) -> None:
-    if not 0 < data.query_share < 1:
-        raise ValueError(f"data.query_share: expected a number between 0 and 1, got {data.query_share}")
-    if data.target_order not in ("active", "file", "hash"):
-        raise ValueError(f"data.target_order: expected 'active', 'file' or 'hash', got {data.target_order!r}")
-    for name in ("num_targets", "num_base", "max_queries_per_user", "min_items", "max_items_per_user", "first_queries"):
-        if getattr(data, name) < 0:
-            raise ValueError(f"data.{name}: expected 0 or more, got {getattr(data, name)}")
 
 
 def _reject(raw: RawUser, bad: _Bad) -> Rejected:

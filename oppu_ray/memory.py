@@ -24,7 +24,7 @@ from oppu_ray.embedding import load_embedder
 from oppu_ray.packing import user_seed
 from oppu_ray.profiles import Profile, is_stale, profile_from_json, profile_prompt, profile_to_json, write_profile
 from oppu_ray.registry import Forgotten
-from oppu_ray.retrieval import KINDS, Hit, Retriever, make_retriever, retrieve_past_only, update_vectors
+from oppu_ray.retrieval import Hit, Retriever, make_retriever, retrieve_past_only, update_vectors
 from oppu_ray.tasks import get_task, make_prompt, memory_line, one_line
 from oppu_ray.vault import CorruptError, Vault
 
@@ -133,8 +133,6 @@ class Memories:
     def __init__(self, config: Config, vault: Vault, generate: Callable[[Sequence[str]], Sequence[str]]) -> None:
         self._config, self._task, self._vault, self._generate = config, get_task(config.task), vault, generate
         memory = config.memory
-        if memory.retriever not in KINDS:
-            raise ValueError(f"memory.retriever: {memory.retriever!r} is unknown; expected one of {', '.join(KINDS)}")
         self._embedder = load_embedder(memory.embedder) if memory.uses_embedder else None
         written_by = [self._task.name, memory.profile, config.base.name if memory.profile == "base" else ""]
         self._profile_name = f"profile_{hashlib.sha256(repr(written_by).encode()).hexdigest()[:8]}.json"

@@ -8,7 +8,6 @@ reader might question the default, "next_token": it is the paper's choice and ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from oppu_ray.config import STRATEGIES, TaskConfig
 from oppu_ray.core import Item, Prompt, TrainingPair
@@ -41,27 +40,27 @@ def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig, form: str 
         is_plain = form not in ("aligned", "mixed") or (form == "mixed" and number % 2 == 1)
         if is_plain:
             strategy = "next_token" if form == "mixed" else form
-            asked, cue, completion = _split_item(task, item, replace(config, strategy=strategy))
+            asked, cue, completion = _split_item(task, item, strategy, config.max_input_words)
             prompt = Prompt("", asked, f"\n{cue}", order=config.prompt_order)
         elif not missing_fields(task, item):
             prompt = make_prompt(task, item, config.prompt_order, config.max_input_words)
             completion = target_text(task, item)
         else:
-            asked, cue, completion = _split_item(task, item, config)
+            asked, cue, completion = _split_item(task, item, config.strategy, config.max_input_words)
             prompt = Prompt("", asked, f"\n{cue}", order=config.prompt_order)
         pairs.append(TrainingPair(prompt, " " + completion, item.item_id))
     return pairs
 
 
-def _split_item(task: Task, item: Item, config: TaskConfig) -> tuple[str, str, str]:
-    """Input, cue and completion made from an item without a query-label pair."""
-    strategy = config.strategy or (task.strategies[0] if task.strategies else "")
+def _split_item(task: Task, item: Item, strategy: str, max_words: int) -> tuple[str, str, str]:
+    """Input, cue and completion made from an item without a query-label pair; "" is the task's default strategy."""
+    strategy = strategy or (task.strategies[0] if task.strategies else "")
     (field, name), *rest = task.memory
     value = getattr(item, field) or ""
-    text = one_line(value if isinstance(value, str) else " ".join(value), config.max_input_words)
+    text = one_line(value if isinstance(value, str) else " ".join(value), max_words)
     if text and strategy == "next_token":
-        tail = f" abstract: {one_line(item.abstract, config.max_input_words)}" if item.abstract else ""
-        return "", f"{name}:", memory_line(task, item, config.max_input_words).removeprefix(f"{name}: ") + tail
+        tail = f" abstract: {one_line(item.abstract, max_words)}" if item.abstract else ""
+        return "", f"{name}:", memory_line(task, item, max_words).removeprefix(f"{name}: ") + tail
     if text and strategy == "completion":
         words = text.split()
         num_given = min(max(1, int(len(words) * COMPLETION_SHARE)), len(words) - 1)
@@ -69,9 +68,9 @@ def _split_item(task: Task, item: Item, config: TaskConfig) -> tuple[str, str, s
     if text and strategy == "stem" and not rest:
         return "", f"{name}:", text
     if text and strategy == "stem" and (answer := getattr(item, rest[0][0])):
-        return f"{name}: {text}", f"{rest[0][1]}:", one_line(answer, config.max_input_words)
+        return f"{name}: {text}", f"{rest[0][1]}:", one_line(answer, max_words)
     if text and strategy == "title_to_abstract" and item.abstract:
-        return f"{name}: {text}", "abstract:", one_line(item.abstract, config.max_input_words)
+        return f"{name}: {text}", "abstract:", one_line(item.abstract, max_words)
     missing = ", ".join(missing_fields(task, item))
     others = ", ".join(other for other in task.strategies if other != strategy) or "none"
     raise ValueError(

@@ -12,18 +12,18 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from oppu_ray.config import TrainConfig, from_overrides, load_config
+from oppu_ray.config import Above0, Count, NotNegative, Positive, TrainConfig, from_overrides, load_config, section
 from oppu_ray.core import UserSize
 from oppu_ray.packing import num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import read_index
 
 
-@dataclass(frozen=True)
+@section
 class PlanConfig:
     """What is planned, and the figures it is planned with. The defaults are SmolLM2-135M with LoRA of rank 8.
 
@@ -36,20 +36,20 @@ class PlanConfig:
         bytes_per_user, registry_bytes_per_user: Measured on a vault after a run, blocks of 4 KiB.
     """
 
-    users: int = 100_000
-    workers: int = 8
-    median_items: float = 20.0
-    sigma: float = 1.2
-    max_items: int = 5_000
-    seed: int = 0
-    words_per_item: float = 51.0
-    tokens_per_word: float = 1.26
-    prompt_tokens: int = 99
-    tokens_per_s: float = 595.0
-    cpus_per_worker: float = 1.0
-    price_per_cpu_hour: float = 0.0504
-    bytes_per_user: int = 1_900_000
-    registry_bytes_per_user: int = 1_040
+    users: Positive = 100_000
+    workers: Positive = 8
+    median_items: Above0 = 20.0
+    sigma: NotNegative = 1.2
+    max_items: Positive = 5_000
+    seed: Count = 0
+    words_per_item: Above0 = 51.0
+    tokens_per_word: Above0 = 1.26
+    prompt_tokens: Positive = 99
+    tokens_per_s: Above0 = 595.0
+    cpus_per_worker: Above0 = 1.0
+    price_per_cpu_hour: NotNegative = 0.0504
+    bytes_per_user: Positive = 1_900_000
+    registry_bytes_per_user: Positive = 1_040
     personal: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -85,31 +85,22 @@ def load_plan(run: Path | None, overrides: Sequence[str]) -> tuple[PlanConfig, l
         ValueError: A key is unknown, a value is out of range, or nothing was prepared.
     """
     if run is None:
-        config = _check(from_overrides(PlanConfig(), overrides))
+        config = from_overrides(PlanConfig(), overrides)
         return config, simulate_users(config)
     given = load_config(run)
     sizes = read_index(Path(given.run_dir).expanduser() / "prepare").sizes("target")
+    if not sizes:
+        raise ValueError(f"{run}: the prepared run in {given.run_dir} has no target users")
     default = PlanConfig(
         users=len(sizes),
         workers=max(1, given.workers.num_workers),
         cpus_per_worker=given.workers.cpus_per_worker,
         personal=given.personal,
     )
-    if not sizes:
-        raise ValueError(f"{run}: the prepared run in {given.run_dir} has no target users")
-    config = _check(from_overrides(default, overrides))
+    config = from_overrides(default, overrides)
     if config.users != len(sizes):
         raise ValueError(f"users={config.users}: {run} has {len(sizes)} target users; leave `users` out")
     return config, sizes
-
-
-def _check(config: PlanConfig) -> PlanConfig:
-    unchecked = ("seed", "sigma", "price_per_cpu_hour")
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if isinstance(value, int | float) and not value > 0 and one.name not in unchecked:
-            raise ValueError(f"{one.name}={value}: expected a number above 0")
-    return config
 
 
 def simulate_users(config: PlanConfig) -> list[UserSize]:

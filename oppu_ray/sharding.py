@@ -39,8 +39,6 @@ def read_settings(config: BaseConfig) -> dict[str, Any]:
         ValueError: The file is not JSON, or its ZeRO stage is none of 1, 2, 3, or not 3 for a sharded base.
     """
     path = Path(config.deepspeed).expanduser()
-    if not config.deepspeed:
-        raise ValueError("base.deepspeed is empty; expected a DeepSpeed JSON file such as cluster/deepspeed/zero3.json")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         stage = settings["zero_optimization"]["stage"]

@@ -19,7 +19,7 @@ from typing import Any
 from oppu_ray.adapter_files import TENSORS_NAME
 from oppu_ray.base_model import Base, load_base, merge_adapter
 from oppu_ray.checkpoints import remove_checkpoints
-from oppu_ray.config import Config, MemoryConfig, StudyConfig, to_dict
+from oppu_ray.config import Config, MemoryConfig, to_dict
 from oppu_ray.core import Pack, Prediction, TrainResult, UserHistory
 from oppu_ray.evaluation import Arm, answer_by_habit, format_table, parse_arm, summarise
 from oppu_ray.federated import drop_states, format_summary, summarise_rounds, train_rounds
@@ -143,26 +143,13 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         Interrupted: The process got SIGTERM. What is done is kept, and the stage goes on from there when run again.
-        ValueError: The config does not fit private training, or an earlier stage has not run.
+        ValueError: An earlier stage has not run.
     """
-    kinds = _kinds(config, _own_arms(config))
-    if config.privacy.noise_multiplier and any(one.memory.name for one in kinds):
-        raise ValueError(
-            "privacy.noise_multiplier protects an item in its own example, and arms of evaluate.arms with a user's own "
-            "adapter and a memory (oppu_k<K>, oppu_pag) show it in others' prompts; expected oppu alone"
-        )
-    if config.privacy.noise_multiplier and config.study != StudyConfig():
-        raise ValueError(
-            "privacy.noise_multiplier protects an item in its own example, and by a study it decides over others'; "
-            "expected study.items=all study.pairs=aligned"
-        )
-    results = [_train(one) for one in kinds]
+    results = [_train(one) for one in _kinds(config, _own_arms(config))]
     return {**results[0], "num_to_retry": sum(result["num_to_retry"] for result in results)}
 
 
 def _train(config: Config) -> dict[str, Any]:
-    if config.privacy.noise_multiplier and config.base.sharding != "none":
-        raise ValueError("privacy.noise_multiplier needs each item's own gradient; expected base.sharding=none")
     index, task_base, run_id = _plan(config)
     shards = _shards(config, index)
     num_users, num_packs = len(index.sizes("target")), sum(map(len, shards))
@@ -242,10 +229,7 @@ def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer every target user's later items by every arm and compare; resumes where it was stopped."""
-    if config.base.sharding != "none":
-        raise ValueError(
-            f"base.sharding is {config.base.sharding!r}, but answering takes a whole base; expected base.sharding=none"
-        )
+    _check_answers(config)
     arms = _arms(config)
     plans = {one.memory: (one, *_plan(one)[1:]) for one in _kinds(config, arms)}
     index = read_index(_folder(config, "prepare"))
@@ -330,8 +314,16 @@ def _answers(
 
 def run(config: Config) -> dict[str, Any]:
     """The whole line, from raw histories to the table; the last stage's result, and how many users failed for now."""
+    _check_answers(config)
     _, _, trained, evaluated = [stage(config) for stage in (prepare, adapt, train, evaluate)]
     return {**evaluated, "num_to_retry": trained["num_to_retry"]}
+
+
+def _check_answers(config: Config) -> None:
+    if config.base.sharding != "none":
+        raise ValueError(
+            f"base.sharding is {config.base.sharding!r}, but answering takes a whole base; expected base.sharding=none"
+        )
 
 
 def _shards(config: Config, index: Index) -> list[list[Pack]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from oppu_ray import stages
-from oppu_ray.config import Config, load_as, load_config, located, to_dict
+from oppu_ray.config import Config, load_as, load_config, located, section, to_dict
 from oppu_ray.configs import find_config
 from oppu_ray.evaluation import parse_arm
 from oppu_ray.files import write_atomic
@@ -31,7 +31,7 @@ PERSONAL_KEYS = ("personal.", "privacy.", "study.", "evaluate.")
 """What a variant may change and still share its main run's histories and task adapter."""
 
 
-@dataclass(frozen=True)
+@section
 class SuiteSet:
     """One data set.
 
@@ -52,7 +52,7 @@ class SuiteSet:
         return Path(self.config).stem
 
 
-@dataclass(frozen=True)
+@section
 class Variant:
     """One way to differ from the main run; the names are a folder's and a plot's."""
 
@@ -61,7 +61,7 @@ class Variant:
     overrides: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@section
 class Suite:
     """A suite's YAML. Studies run under the first of the `seeds`, and `seed_overrides` go for all others."""
 
@@ -118,22 +118,20 @@ def _unit(suite: Suite, folder: Path, one: SuiteSet, seed: int, variant: Variant
     place = f"{one.name}/seed{seed}/{variant.study}-{variant.name}" if variant else main
     of_seed = suite.seed_overrides if seed != suite.seeds[0] else ()
     overrides = [*suite.overrides, *one.overrides, *of_seed, *(variant.overrides if variant else ())]
-    config = load_config(find_config(one.config, folder), overrides)
     shares = variant is not None and all(override.startswith(PERSONAL_KEYS) for override in variant.overrides)
+    if variant:
+        overrides.append("evaluate.arms=[oppu]" if shares else "evaluate.arms=[task, oppu]")
+    config = load_config(find_config(one.config, folder), overrides)
     data = config.data
     if one.data:
         data = dataclasses.replace(data, path=str(Path(suite.data_root).expanduser() / one.data))
     vault = dataclasses.replace(config.vault, path=str(top / main / "vault")) if shares else config.vault
-    arms = config.evaluate.arms
-    if variant:
-        arms = ("oppu",) if shares else ("task", "oppu")
     config = dataclasses.replace(
         config,
         run_dir=str(top / place),
         seed=seed,
         data=data,
         vault=vault,
-        evaluate=dataclasses.replace(config.evaluate, arms=arms),
     )
     study, name = (variant.study, variant.name) if variant else (MAIN, "")
     return Unit(place, one.name, seed, study, name, located(config), main if shares else "")

@@ -297,6 +297,4 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
         return config.learning_rate
     if config.schedule == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - share)
-    raise ValueError(f"schedule {config.schedule!r} is unknown; expected linear, cosine or constant")
+    return config.learning_rate * (1 - share)

@@ -33,6 +33,8 @@ LORA = PeftConfig(kind="lora", rank=4, alpha=8.0)
 IA3 = PeftConfig(kind="ia3")
 PROMPT = PeftConfig(kind="prompt", num_virtual_tokens=3)
 RS_LORA = PeftConfig(kind="lora", rank=7, alpha=4.0, rslora=True)
+INFINITE = replace(LORA)
+object.__setattr__(INFINITE, "alpha", float("inf"))  # which no config takes: every loss is NaN
 WIDE_LORA = PeftConfig(kind="lora", rank=2, alpha=4.0, target_modules=("v_proj", "o_proj", "down_proj"))
 TYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]  # and how close C++ comes to float64 in them
 TRAIN = TrainConfig(learning_rate=5e-3, epochs=3, items_per_step=4)

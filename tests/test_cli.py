@@ -46,9 +46,9 @@ def test_bad_input_is_exit_code_2_and_one_line_that_names_the_file(
     for arguments, message in (
         (
             ["train", str(tmp_path / "bad.yaml")],
-            f"oppu: {tmp_path}/bad.yaml: unknown key 'sead'; expected one of run_dir",
+            f"oppu: config {tmp_path}/bad.yaml: sead: unknown key; expected one of run_dir",
         ),
-        (["train", str(tmp_path / "none.yaml")], f"oppu: {tmp_path}/none.yaml: cannot read the config: "),
+        (["train", str(tmp_path / "none.yaml")], f"oppu: config {tmp_path}/none.yaml: cannot read the config: "),
         (["train", str(config)], f"oppu: {run_dir(config)}/prepare/index.json does not exist: run `prepare`"),
         (["prepare", str(config), "seed"], "oppu: override 'seed': expected dotted.key=value"),
     ):
@@ -68,7 +68,7 @@ def test_an_unknown_subcommand_or_none_says_which_there_are(capsys: pytest.Captu
 def test_a_wrong_config_does_not_wait_for_torch(config: Path) -> None:
     code = "import sys; from oppu_ray.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "run", str(config), "sead=1"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0 and b"unknown key 'sead'" in done.stderr
+    assert done.returncode == 0 and b"sead: unknown key" in done.stderr
 
 
 def test_the_doctor_looks_at_this_machine(
@@ -106,7 +106,7 @@ def test_a_job_does_what_the_subcommand_does(config: Path) -> None:
     result = json.loads((run_dir(config) / "prepare" / "result.json").read_text())
     assert (result["command"], result["config"]["seed"], result["num_target_users"]) == ("prepare", 5, 2)
     failed = job("sead=5")
-    assert failed.returncode == 2 and "unknown key 'sead'" in failed.stderr
+    assert failed.returncode == 2 and "sead: unknown key" in failed.stderr
 
 
 def test_a_config_is_an_installed_ones_name_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

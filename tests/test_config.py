@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from oppu_ray.config import PRESETS, Config, from_dict, load_config, to_dict
+from oppu_ray.config import (
+    PRESETS,
+    BaseConfig,
+    Config,
+    PeftConfig,
+    TrainConfig,
+    WorkersConfig,
+    from_dict,
+    load_config,
+    to_dict,
+)
 from oppu_ray.configs import find_config
 
 CONFIGS = sorted(find_config("demo").parent.glob("*.yaml"))
@@ -45,65 +56,157 @@ def test_values_are_converted_by_the_fields_type(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sead: 1", "unknown key 'sead'; expected one of run_dir, preset, seed, data, "),
-        ("adapt: {peft: {rnak: 4}}", "unknown key 'adapt.peft.rnak'; expected one of kind, rank, alpha, "),
-        ('task: {labels: ["a\\ud800"]}', r"task.labels: a lone surrogate in 'a\\ud800'; expected Unicode"),
-        ("data: {1: 2}", "unknown key 'data.1'; expected one of format, path, "),
-        ("adapt: 3", "adapt.: expected a section, found 3"),
-        ("adapt:", "adapt.: expected a section, found None"),
-        ("personal: {epochs: 1.5}", "personal.epochs: expected int, found 1.5"),
-        ("personal: {epochs: many}", "personal.epochs: expected int, found 'many'"),
-        ("personal: {epochs: true}", "personal.epochs: expected int, found True"),
-        ("personal: {epochs: .inf}", "personal.epochs: expected int, found inf"),
-        ("personal: {learning_rate: [1]}", r"personal.learning_rate: expected float, found \[1\]"),
-        ("personal: {share_prefix: 1}", "personal.share_prefix: expected bool, found 1"),
-        ("task: {name: yes}", "task.name: expected str, found True"),
-        ("task: {name: {a: b}}", "task.name: expected str, found {'a': 'b'}"),
+        ("sead: 1", "sead: unknown key; expected one of run_dir, preset, .*; did you mean 'seed'?"),
+        ("epochs: 1", "epochs: unknown key; .*; did you mean 'adapt.epochs' or 'personal.epochs'?"),
         (
-            "memory: {top_k: 2}",
-            "memory.top_k and memory.with_profile are named by the arm",
+            "adapt: {peft: {rnak: 4}}",
+            "adapt.peft.rnak: unknown key; expected one of kind, rank, .*; did you mean 'rank'?",
         ),
-        ("task: {labels: a}", "task.labels: expected tuple, found 'a'"),
-        ("task: {labels: [a, null]}", "task.labels: expected str, found None"),
-        ("data: {columns: [text]}", r"data.columns: expected dict, found \['text'\]"),
-        ("data: {columns: {text: null}}", "data.columns.text: expected str, found None"),
-        ("preset: fast", "preset 'fast' is unknown; expected one of default, paper, code-compat"),
-        ("preset: [paper]", r"preset \['paper'\] is unknown; expected one of default, paper, code-compat"),
-        ("[a, b]", "expected a mapping of keys, found list"),
+        ("data: {1: 2}", "data.1: unknown key; expected one of format, path, "),
+        ("adapt: 3", "adapt: found '3'; expected a section"),
+        ("adapt:", "adapt: found nothing; expected a section"),
+        ("personal: {epochs: 1.5}", "personal.epochs: found '1.5'; expected a whole number"),
+        ("personal: {epochs: many}", "personal.epochs: found 'many'; expected a whole number"),
+        ("personal: {epochs: true}", "personal.epochs: found 'true'; expected a whole number"),
+        ("personal: {epochs: .inf}", "personal.epochs: found '.inf'; expected a whole number"),
+        ("personal: {epochs: 1e-3}", "personal.epochs: found '1e-3'; expected a whole number"),
+        ("personal: {epochs: -1}", "personal.epochs: found '-1'; expected at least 1"),
+        ("personal: {learning_rate: [1]}", r"personal.learning_rate: found \['1'\]; expected a number"),
+        ("personal: {learning_rate: inf}", "personal.learning_rate: found 'inf'; expected a finite number"),
+        ("personal: {learning_rate: 0}", "personal.learning_rate: found '0'; expected greater than 0"),
+        ("personal: {warmup_share: 1.5}", "personal.warmup_share: found '1.5'; expected at most 1"),
+        ("personal: {share_prefix: maybe}", "personal.share_prefix: found 'maybe'; expected true or false"),
+        (
+            "personal: {schedule: cosin}",
+            "personal.schedule: found 'cosin'; expected 'linear', 'cosine' or 'constant'; did you mean 'cosine'?",
+        ),
+        ("personal: {peft: {kind: lroa}}", "personal.peft.kind: found 'lroa'; .*; did you mean 'lora'?"),
+        ("adapt: {peft: {rank: 0}}", "adapt.peft.rank: found '0'; expected at least 1"),
+        (
+            "personal: {peft: {num_virtual_tokens: 0}}",
+            "personal.peft.num_virtual_tokens: found '0'; expected at least 1",
+        ),
+        ("personal: {peft: {dropout: 1.0}}", "personal.peft.dropout: found '1.0'; expected less than 1"),
+        ("personal: {peft: {dropout: nan}}", "personal.peft.dropout: found 'nan'; expected a finite number"),
+        ("data: {format: jsnl}", "data.format: found 'jsnl'; expected 'jsonl', .*; did you mean 'jsonl'?"),
+        ("data: {query_share: 1}", "data.query_share: found '1'; expected less than 1"),
+        ("data: {min_items: -1}", "data.min_items: found '-1'; expected at least 0"),
+        ("base: {dtype: float23}", "base.dtype: found 'float23'; .*; did you mean 'float32'?"),
+        ("base: {device: gpu}", "base.device: found 'gpu'; expected cpu, cuda or cuda:<number>"),
+        ("memory: {retriever: bm52}", "memory.retriever: found 'bm52'; .*; did you mean 'bm25'?"),
+        ("serve: {port: 65536}", "serve.port: found '65536'; expected at most 65535"),
+        (
+            "serve: {max_replicas: 1, min_replicas: 2}",
+            "serve.max_replicas: found 1; expected at least serve.min_replicas, 2",
+        ),
+        (
+            "serve: {max_length: 8, max_new_tokens: 8}",
+            "serve.max_new_tokens: found 8; expected less than serve.max_length, 8",
+        ),
+        ("study: {items: few}", "study.items: found 'few'; expected all, last_<n>, similar or dissimilar"),
+        ("study: {items: last_0}", "study.items: found 'last_0'; expected all"),
+        ("study: {pairs: poem}", "study.pairs: found 'poem'; expected 'aligned', 'next_token'"),
+        ("task: {name: {a: b}}", "task.name: found {'a': 'b'}; expected a text"),
+        ('task: {name: "a\\ud800"}', "task.name: found .*; expected a text"),
+        ("memory: {top_k: 2}", "memory.top_k and memory.with_profile are named by the arm"),
+        ("task: {labels: a}", "task.labels: found 'a'; expected a list"),
+        ("task: {labels: [a, null]}", "task.labels.1: found nothing; expected a text"),
+        ("data: {columns: [text]}", r"data.columns: found \['text'\]; expected a mapping"),
+        ("preset: fast", "preset: found 'fast'; expected 'default', 'paper' or 'code-compat'"),
+        ("preset: [paper]", r"preset: found \['paper'\]; expected 'default', 'paper' or 'code-compat'"),
+        ("[a, b]", "found list; expected a mapping of keys"),
         ("a: {b", "cannot read the config"),
+        ("seed: 1\nseed: 2", "cannot read the config: key 'seed' is given twice"),
     ],
 )
 def test_errors_name_the_file_the_key_the_value_and_what_is_expected(path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{path}: (.|\n)*{message}"):
+    with pytest.raises(ValueError, match=f"^config {path}: {message}"):
         load(path, text)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("study: {items: few}", "study.items is 'few'; expected all, last_<n>, similar or dissimilar"),
-        ("study: {items: last_0}", "study.items is 'last_0'; expected all"),
-        ("study: {pairs: poem}", "study.pairs is 'poem'; expected one of aligned, next_token"),
-    ],
-)
-def test_a_study_that_there_is_not(path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load(path, text)
+def test_all_that_is_wrong_is_named_at_once(path: Path) -> None:
+    with pytest.raises(ValueError) as raised:
+        load(path, "{personal: {schedule: cosin, epochs: -1}, sead: 1}")
+    keys = [line.removeprefix(f"config {path}: ").partition(":")[0] for line in str(raised.value).splitlines()]
+    assert sorted(keys) == ["personal.epochs", "personal.schedule", "sead"]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("overrides", "message"),
     [
-        ("{kind: lroa}", "peft.kind is 'lroa'; expected lora, ia3 or prompt"),
-        ("{rank: 0}", "peft.rank is 0; expected at least 1"),
-        ("{kind: prompt, num_virtual_tokens: 0}", "peft.num_virtual_tokens is 0; expected at least 1"),
-        ("{dropout: 1.0}", "peft.dropout is 1.0; expected at least 0 and below 1"),
-        ("{dropout: .nan}", "peft.dropout is nan"),
+        (["base.device=cuda"], "base.device is 'cuda' and workers.gpus_per_worker is 0; expected cuda and above 0"),
+        (["workers.gpus_per_worker=1"], "base.device is 'cpu' and workers.gpus_per_worker is 1"),
+        (
+            ["base.deepspeed=a.json", "workers.num_workers=0"],
+            "workers.num_workers is 0, but base.deepspeed needs ranks",
+        ),
+        (["base.sharding=zero3"], "base.deepspeed is empty; expected a DeepSpeed JSON file"),
+        (["base.sharding=zero3", "base.deepspeed=a", "personal.peft.kind=prompt"], "personal.peft.kind is 'prompt'"),
+        (["base.quantization=int8", "base.deepspeed=a"], "base.quantization is 'int8'"),
+        (["privacy.noise_multiplier=1", "base.sharding=zero3", "base.deepspeed=a"], "expected base.sharding=none"),
+        (["privacy.noise_multiplier=1", "evaluate.arms=[oppu, rag_k1, oppu_k1]"], "expected oppu alone"),
+        (["privacy.noise_multiplier=1", "evaluate.arms=[oppu, oppu_pag]"], "expected oppu alone"),
+        (["privacy.noise_multiplier=1", "study.items=similar"], "expected study.items=all study.pairs=aligned"),
+        (["privacy.noise_multiplier=1", "study.pairs=mixed"], "expected study.items=all study.pairs=aligned"),
     ],
 )
-def test_an_adapter_that_cannot_be(path: Path, text: str, message: str) -> None:
+def test_values_are_checked_against_each_other(path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load(path, f"personal: {{peft: {text}}}")
+        load(path, "workers: {num_workers: 2}", *overrides)
+
+
+def test_a_config_made_in_code_is_checked_as_one_of_a_file_is() -> None:
+    with pytest.raises(ValueError, match="peft.kind|kind"):
+        PeftConfig(kind="lroa")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="schedule"):
+        replace(TrainConfig(), schedule="cosin")
+    with pytest.raises(ValueError, match="base.device is 'cuda'"):
+        replace(Config(), base=BaseConfig(device="cuda"), workers=WorkersConfig(num_workers=1))
+
+
+TYPED = [
+    "20240501_1200",
+    "007",
+    "12:30:00",
+    "0x10",
+    "2024-05-01",
+    "yes",
+    "1e3",
+    "/data/chats #1/u.jsonl",
+    "[a]/b",
+    "~",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_an_override_of_a_text_field_is_taken_as_typed(path: Path, text: str) -> None:
+    config = load(path, "", f"run_dir={text}", f"data.path={text}", f"data.columns.text={text}")
+    assert config.run_dir == config.data.path == config.data.columns["text"] == text
+    assert load(path, "", f"run_dir='{text}'", f'data.path="{text}"') == load(
+        path, "", f"run_dir={text}", f"data.path={text}"
+    )
+
+
+def test_lists_of_texts_are_taken_as_typed(path: Path) -> None:
+    config = load(path, "", "task.labels=[007, 1:30, yes, no, #1, C #, 2024-05-01, '1, 2']")
+    assert config.task.labels == ("007", "1:30", "yes", "no", "#1", "C #", "2024-05-01", "1, 2")
+    assert load(path, "", "data.columns={text: a #b, role: null}").data.columns == {"text": "a #b", "role": None}
+    assert load(path, "", "data.columns.role=null").data.columns == {"role": None}
+
+
+@pytest.mark.parametrize("text", ["20240501_1200", "007", "12:30:00", "0x10", "2024-05-01", "yes", "1e3"])
+def test_a_text_in_a_file_is_taken_as_typed(path: Path, text: str) -> None:
+    config = load(path, f"{{run_dir: {text}, task: {{labels: [{text}]}}, data: {{columns: {{text: {text}}}}}}}")
+    assert config.run_dir == config.task.labels[0] == config.data.columns["text"] == text
+
+
+def test_numbers_and_truth_may_be_written_as_yaml_has_them(path: Path) -> None:
+    config = load(
+        path, "{seed: 1e2, personal: {share_prefix: no, epochs: 2.0, learning_rate: 1e-4}, memory: {max_words: 1_0}}"
+    )
+    assert (config.seed, config.personal.share_prefix, config.personal.epochs) == (100, False, 2)
+    assert config.personal.learning_rate == 1e-4 and config.memory.max_words == 10
 
 
 def test_only_a_study_changes_what_an_adapter_depends_on(path: Path) -> None:
@@ -112,10 +215,10 @@ def test_only_a_study_changes_what_an_adapter_depends_on(path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(path: Path) -> None:
-    with pytest.raises(ValueError, match=f"^{path}: cannot read the config: .*No such file"):
+    with pytest.raises(ValueError, match=f"^config {path}: cannot read the config: .*No such file"):
         load_config(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=f"^{path}: cannot read the config: "):
+    with pytest.raises(ValueError, match=f"^config {path}: cannot read the config: "):
         load_config(path)
 
 
@@ -124,9 +227,9 @@ def test_a_file_that_cannot_be_read(path: Path) -> None:
     [
         ("seed", "override 'seed': expected dotted.key=value"),
         ("seed.a=1", "override 'seed.a=1': 'seed' is not a section"),
-        ("data.path=[", r"override 'data.path=\[': the value is not YAML"),
-        ("personal.epoch=1", "unknown key 'personal.epoch'; expected one of peft, learning_rate, "),
-        ("personal=1", "personal.: expected a section, found 1"),
+        ("task.labels=[", r"override 'task.labels=\[': the value is not YAML"),
+        ("personal.epoch=1", "personal.epoch: unknown key; expected one of peft, .*; did you mean 'epochs'?"),
+        ("personal=1", "personal: found '1'; expected a section"),
     ],
 )
 def test_bad_overrides_are_named(path: Path, override: str, message: str) -> None:

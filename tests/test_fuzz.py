@@ -126,7 +126,7 @@ def test_an_alpha_that_no_float_holds_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", make_adapter(1))
     path = tmp_path / "adapter" / CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 10**400}))
-    with pytest.raises(ValueError, match="lora_alpha is .*; expected a finite number"):
+    with pytest.raises(ValueError, match="lora_alpha is .*; expected a number above 0 and below 1e9"):
         load_adapter(tmp_path / "adapter")
 
 
@@ -147,7 +147,7 @@ def test_a_config_nested_too_deeply_or_that_says_billions_of_things_by_reference
     levels = ["  - &a0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"  - &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
     path.write_text("task:\n  labels:\n" + "\n".join(levels))
-    with fuzz.limited(5), pytest.raises(ValueError, match="task.labels: expected str, found"):
+    with fuzz.limited(5), pytest.raises(ValueError, match="task.labels.0: found .*; expected a text"):
         load_config(path)
 
 

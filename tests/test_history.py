@@ -313,9 +313,9 @@ def test_a_file_without_a_good_user_is_an_error_with_the_first_reason(tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"query_share": 0.0}, "data.query_share: expected a number between 0 and 1, got 0.0"),
-        ({"target_order": "random"}, "data.target_order: expected 'active', 'file' or 'hash', got 'random'"),
-        ({"num_base": -1}, "data.num_base: expected 0 or more, got -1"),
+        ({"query_share": 0.0}, "query_share: found 0.0; expected greater than 0"),
+        ({"target_order": "random"}, "target_order: found 'random'; expected 'active', 'file' or 'hash'"),
+        ({"num_base": -1}, "num_base: found -1; expected at least 0"),
     ],
 )
 def test_options_out_of_range_are_errors(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -251,8 +251,6 @@ def test_vectors_that_are_no_numbers_and_what_is_not_there_are_refused(
     missing = config_of(retriever="dense", embedder="embedded:none")
     with pytest.raises(ValueError, match="embedder 'embedded:none': expected embedded:minilm-l6"):
         Memories(missing, vault, no_model)
-    with pytest.raises(ValueError, match="memory.retriever: 'bm26' is unknown; expected one of bm25, dense, hybrid, "):
-        Memories(config_of(retriever="bm26"), vault, no_model)
 
 
 def test_a_profile_is_kept_with_the_user_until_a_fifth_of_the_history_is_new(vault: Vault) -> None:

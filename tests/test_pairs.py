@@ -71,7 +71,7 @@ def test_each_unaligned_task_has_a_default_and_refuses_other_strategies_by_name(
         pair("LaMP-1", PAPER, "completion")
     film = Item("a", text="robots", label="sci-fi")
     assert pair("LaMP-2M", film, "stem") == pair("LaMP-2M", film)  # as preset code-compat has it: nothing to do
-    with pytest.raises(ValueError, match="'guess' does not fit movie_tagging; expected one of: next_token, stem"):
+    with pytest.raises(ValueError, match="strategy: found 'guess'; expected '', 'next_token', 'stem', 'completion' or"):
         pair("LaMP-2M", film, "guess")
 
 

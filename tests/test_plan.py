@@ -131,9 +131,9 @@ def test_bad_input_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     empty.write_text(f"run_dir: {tmp_path / 'empty'}")
     write_prepared(tmp_path / "empty" / "prepare", [])
     for arguments, message in (
-        (["user=5"], "command line: unknown key 'user'; expected one of users, workers"),
-        (["users=many"], "command line: users: expected int, found 'many'"),
-        (["workers=0"], "workers=0: expected a number above 0"),
+        (["user=5"], "command line: user: unknown key; expected one of users, workers"),
+        (["users=many"], "command line: users: found 'many'; expected a whole number"),
+        (["workers=0"], "command line: workers: found '0'; expected at least 1"),
         (["--config", str(run), "users=5"], f"users=5: {run} has 2 target users; leave `users` out"),
         (["--config", str(empty)], f"{empty}: the prepared run in {tmp_path}/empty has no target users"),
     ):

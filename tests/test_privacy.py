@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ from line_tools import adapters, oppu, result, run_dir, tagging_user, write_conf
 from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
-from oppu_ray import stages
-from oppu_ray.config import PeftConfig, PrivacyConfig, TrainConfig, load_config
+from oppu_ray.config import PeftConfig, PrivacyConfig, TrainConfig
 from oppu_ray.core import Example, UserWork
 from oppu_ray.privacy import epsilon, fine_grid, is_drawn, noise, noise_key, num_looks, on_grid, private_backward
 from oppu_ray.training import attached, backward_step, train_pack
@@ -207,24 +205,3 @@ def test_private_personal_training_is_a_run_of_its_own_and_says_what_it_costs(fo
     vault.close()
     assert oppu("train", config, "privacy.noise_multiplier=2.0")["num_trained"] == 0
     assert result(config, "train")["config"]["privacy"] == {**vars(PrivacyConfig()), "noise_multiplier": 2.0}
-
-
-@pytest.mark.parametrize("arm", ["oppu_k1", "oppu_pag"])
-def test_an_item_that_stands_in_other_prompts_has_no_account(folder: Path, tmp_path: Path, arm: str) -> None:
-    options = ["privacy.noise_multiplier=1", f"evaluate.arms=[oppu, rag_k1, {arm}]"]
-    config = load_config(write_config(tmp_path, folder, tmp_path / "none"), options)
-    with pytest.raises(ValueError, match="privacy.noise_multiplier protects an item in its own example"):
-        stages.train(config)
-
-
-def test_a_base_that_is_shared_out_gives_no_single_gradients(folder: Path, tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path, folder, tmp_path / "none"), ["privacy.noise_multiplier=1"])
-    with pytest.raises(ValueError, match="expected base.sharding=none"):
-        stages.train(replace(config, base=replace(config.base, sharding="zero3")))
-
-
-@pytest.mark.parametrize("study", ["study.items=last_2", "study.items=similar", "study.pairs=mixed"])
-def test_an_item_that_decides_over_other_examples_has_no_account(folder: Path, tmp_path: Path, study: str) -> None:
-    config = load_config(write_config(tmp_path, folder, tmp_path / "none"), ["privacy.noise_multiplier=1", study])
-    with pytest.raises(ValueError, match="expected study.items=all study.pairs=aligned"):
-        stages.train(config)

@@ -211,8 +211,8 @@ def test_seeds_come_after_the_studies_and_may_have_fewer_arms(tmp_path: Path) ->
     [
         ({"sets": []}, "no sets or no seeds"),
         ({"sets": [{"config": "films.yaml", "studies": ["sleep"]}]}, "films: unknown study 'sleep'"),
-        ({"overrides": ["personal.epoch=2"]}, "unknown key 'personal.epoch'"),
-        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"overrides": ["personal.epoch=2"]}, "personal.epoch: unknown key"),
+        ({"colour": "red"}, "colour: unknown key"),
     ],
 )
 def test_a_bad_suite_is_bad_input(

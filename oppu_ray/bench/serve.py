@@ -108,7 +108,8 @@ def open_config(options: argparse.Namespace) -> Any:
     from oppu_ray.machine import compute_dtype
 
     config = load_config(options.config, options.overrides)
-    return replace(config, base=replace(config.base, dtype=compute_dtype(config.base.dtype, config.base.device)))
+    dtype = compute_dtype(config.base.dtype, config.base.device)
+    return replace(config, base=replace(config.base, dtype=dtype))  # type: ignore[arg-type]
 
 
 def write_adapters(options: argparse.Namespace, folder: Path) -> None:

@@ -73,7 +73,8 @@ def compare(options: argparse.Namespace) -> int:
     from oppu_ray.machine import compute_dtype, hardware
 
     config = load_config(options.config, [*options.overrides, f"base.device={options.device}"])
-    config = replace(config, base=replace(config.base, dtype=compute_dtype(config.base.dtype, options.device)))
+    dtype = compute_dtype(config.base.dtype, options.device)
+    config = replace(config, base=replace(config.base, dtype=dtype))  # type: ignore[arg-type]
     on_cpu = options.device == "cpu"
     interpreters = {"mlora": options.mlora_python, "skyrl_tx": options.tx_python}
     missing = [system for system in options.systems if system in PEERS and not (interpreters[system] and on_cpu)]
