@@ -37,6 +37,7 @@ import ray
 from oppu_ray.files import write_atomic
 from oppu_ray.machine import hardware
 from oppu_ray.registry import Refused
+from oppu_ray.submit import listen_on_loopback
 from oppu_ray.vault import Vault
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,6 +242,7 @@ def main(arguments: list[str]) -> int:
     os.environ.update(RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with tempfile.TemporaryDirectory(prefix="oppu-soak-", dir="/tmp") as folder:
+        listen_on_loopback()
         ray.init(
             "local",
             num_cpus=6,

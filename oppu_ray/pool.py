@@ -31,7 +31,7 @@ from ray import exceptions
 from oppu_ray.config import Config, WorkersConfig, from_dict, to_dict
 from oppu_ray.core import StepsDone, UserDone
 from oppu_ray.progress import ClusterLost, Interrupted, Progress
-from oppu_ray.submit import private_token
+from oppu_ray.submit import listen_on_loopback, private_token
 from oppu_ray.telemetry import Telemetry
 from oppu_ray.workers import Worker, failed
 
@@ -340,6 +340,7 @@ def connect() -> None:
         private_token()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     before = signal.getsignal(signal.SIGTERM)
+    listen_on_loopback()
     ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own would end this process in the middle of anything

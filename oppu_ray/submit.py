@@ -49,9 +49,21 @@ def private_token() -> Path:
     return path
 
 
+def listen_on_loopback() -> None:
+    """Let a Ray that this process starts later listen on 127.0.0.1 alone, with all its ports; ray.init must follow.
+
+    Ray has a switch for laptops, by which a machine's address is its loopback address. It has read it from the
+    environment when it was imported, so it is set here; joining a cluster that exists is not changed by it.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
 def start_head(port: int, dashboard_port: int) -> str:
     """Start a head on this machine that asks for the token, if there is none yet; returns the dashboard's URL.
 
+    It listens on loopback alone: no other machine can join it.
     Jobs find relative paths of their config in the folder that this was called in.
 
     Raises:
@@ -72,6 +84,7 @@ def start_head(port: int, dashboard_port: int) -> str:
         **os.environ,
         "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]]),  # a job's `python` is the first one in it
         "RAY_AUTH_MODE": "token",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on loopback alone; see `listen_on_loopback`
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "2",
         "OPPU_ROOT": str(Path.cwd()),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

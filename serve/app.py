@@ -108,6 +108,19 @@ def application(config: Config) -> serve.Application:
     ).bind(values, engine, trainer)
 
 
+def _close_grpc_port() -> None:
+    """Keep a port of this replica on loopback; call it in the replica's constructor, after which Serve opens the port.
+
+    Every replica of Ray Serve 2.60 listens on all interfaces for gRPC calls of other deployments, whose arguments it
+    unpickles. There is no setting for its address. Unless gRPC is switched on, Serve calls replicas by Ray instead.
+    """
+    from ray.serve._private import constants, replica
+
+    if not constants.RAY_SERVE_USE_GRPC_BY_DEFAULT:
+        add_port = replica.add_port_to_grpc_server
+        replica.add_port_to_grpc_server = lambda server, _address: add_port(server, "127.0.0.1:0")
+
+
 def _deployment(cls: Any, **options: Any) -> Any:
     return serve.deployment(**options)(cls)
 
@@ -118,6 +131,7 @@ class Engine:
     def __init__(self, values: dict[str, Any]):
         from serve.replica import Replica, build_engine
 
+        _close_grpc_port()
         config = from_dict(values)
         name = serve.get_replica_context().replica_id.unique_id
         base, engine = build_engine(config)
@@ -144,6 +158,7 @@ class Trainer:
         from oppu_ray.refresh import open_task_base
         from serve import trainer
 
+        _close_grpc_port()
         config = from_dict(values)
         self.trainer = trainer.Trainer(config, open_vault(config), lambda: open_task_base(config))
 
@@ -160,6 +175,7 @@ class Ingress:
     """`serve.web` behind Serve."""
 
     def __init__(self, values: dict[str, Any], engine: DeploymentHandle, trainer: DeploymentHandle):
+        _close_grpc_port()
         self._config = from_dict(values)
         self._backend = RayBackend(self._config, engine, trainer)
 

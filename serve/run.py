@@ -19,7 +19,7 @@ import ray
 from ray import serve
 
 from oppu_ray.config import ServeConfig, load_config, located
-from oppu_ray.submit import private_token
+from oppu_ray.submit import listen_on_loopback, private_token
 from serve.app import application
 
 
@@ -36,6 +36,7 @@ def run(path: Path, overrides: Sequence[str]) -> None:
     # Room for all replicas twice, since a new version's start before the old ones stop, and for the trainer.
     num_cpus = max(os.cpu_count() or 1, int(2 * options.max_replicas * options.cpus_per_replica) + 2)
     private_token()
+    listen_on_loopback()
     ray.init(
         "local",
         num_cpus=num_cpus,

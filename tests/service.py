@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ class Load:
 
 def is_good(answer: httpx2.Response | Exception) -> bool:
     return isinstance(answer, httpx2.Response) and answer.status_code == 200
+
+
+def listening(pid: int) -> dict[str, list[str]]:
+    """Addresses on which a process and its descendants listen, by the process's title."""
+    found: dict[str, list[str]] = {}
+    for process in (one := psutil.Process(pid), *one.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            places = [place.laddr.ip for place in process.net_connections("inet") if place.status == "LISTEN"]
+            found.setdefault(" ".join(process.cmdline()[:3]), []).extend(places)
+    return {title: places for title, places in found.items() if places}
+
+
+def is_loopback(place: str) -> bool:
+    address = ipaddress.ip_address(place)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def replica_pids(service: Service) -> set[int]:

@@ -25,6 +25,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 from serve_tools import CONFIG, token_of
+from service import is_loopback, listening
 from starlette.testclient import TestClient
 from tiny import tiny_base
 
@@ -250,6 +251,9 @@ def test_oppu_serve_answers_until_it_is_told_to_stop(run: Path, tmp_path: Path) 
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"{url[0]}/v1/personalize", body, headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
+            places = listening(service.pid)
+            assert sum(map(len, places.values())) > 10 and any("ServeReplica" in title for title in places)
+            assert all(is_loopback(place) for some in places.values() for place in some), places
             assert answer.headers["X-OPPU-Adapter-Version"] == vault.registry.current(vault.user_hash("user-0")).version  # type: ignore[union-attr]
         vault.close()
         os.kill(service.pid, signal.SIGTERM)

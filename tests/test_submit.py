@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from line_tools import adapters, oppu, run_dir, tagging_user, write_config, write_users
+from service import is_loopback, listening
 from tiny import tiny_base
 
 from oppu_ray.config import Config, DataConfig, located
@@ -93,10 +94,23 @@ def test_the_whole_line_as_a_job(outside: Oppu, inline: Path, tmp_path: Path) ->
     assert adapters(config) == adapters(inline)
     evaluated = [json.loads((run_dir(one) / "evaluate" / "result.json").read_text()) for one in (config, inline)]
     assert evaluated[0]["arms"] == evaluated[1]["arms"]
+    places = listening(json.loads((outside.home / "oppu" / "cluster.json").read_text())["pid"])  # type: ignore[attr-defined]
+    assert sum(map(len, places.values())) > 8 and all(is_loopback(place) for some in places.values() for place in some)
 
     assert outside("cluster", "stop").stdout == "stopped\n"
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(outside.url + "/api/gcs_healthz")  # type: ignore[attr-defined]
+
+
+def test_the_ray_that_a_run_starts_for_itself_listens_on_loopback() -> None:
+    code = "import json, os; from oppu_ray.pool import connect; from service import listening; connect(); "
+    code += "print(json.dumps(listening(os.getpid())))"
+    with tempfile.TemporaryDirectory(prefix="oppu-", dir="/tmp") as home:
+        own = {"HOME": home, "RAY_TMPDIR": home, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    places = json.loads(done.stdout.splitlines()[-1])
+    assert sum(map(len, places.values())) > 6 and all(is_loopback(place) for some in places.values() for place in some)
 
 
 def test_relative_paths_start_where_the_job_was_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
