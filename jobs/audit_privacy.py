@@ -7,6 +7,8 @@ member where the adapted model's loss is low; AUC 0.5 is a coin, 1.0 is certaint
 the items it was trained on, others the same user's later queries; of the task adapter, the base users' items and
 the targets'. Loss alone also tells items apart by how easy they are, so the same AUC is given for the model without the
 adapter, and for how much the adapter lowered the loss. Writes `audit_privacy/result.json` in the run's folder.
+
+What it prints comes from losses without noise, and no epsilon covers it: do not publish it for private users.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import secrets
 import zipfile
@@ -104,6 +105,9 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
         if files.keys() != (set() if manifest is None else manifest.checksums.keys()):
             raise ValueError(f"has adapter files {sorted(files)}, its manifest names others")
         adapter = None if manifest is None else decode_adapter(files, manifest)
+        rho = 0.0 if manifest is None else manifest.metrics.get("rho", 0.0)
+        if not 0 <= rho < math.inf:
+            raise ValueError(f"{MANIFEST_NAME}: metrics.rho is {rho}; expected a finite number from 0")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -134,7 +138,7 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
                 remove(folder)
             step(os.rename, stage, folder)
             sync_folder(folder.parent)
-            step(vault.registry.import_user, lease, segments, row)
+            step(vault.registry.import_user, lease, segments, row, rho)
     finally:
         if stage.exists():
             remove(stage)

@@ -222,12 +222,22 @@ class TrainConfig:
 class PrivacyConfig:
     """Personal training under DP-SGD; a `noise_multiplier` of 0 trains without.
 
-    Each item's gradient is cut to the norm `clip_norm`; their sum gets noise of `noise_multiplier` times that.
+    Each item's gradient is cut to the norm `clip_norm`; their sum gets noise of `noise_multiplier` times that. A user
+    is not trained where epsilon over all their versions, released so far and this one, would be above `max_epsilon`
+    (above 10 it promises little: Ponomareva et al. 2023, arXiv 2303.00654, section 5).
     """
 
     noise_multiplier: NotNegative = 0.0
     clip_norm: Above0 = 1.0
     delta: Probability = 1e-5
+    max_epsilon: Above0 = 10.0
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What an adapter depends on; empty without noise."""
+        if not self.noise_multiplier:
+            return {}
+        return {"privacy": {key: value for key, value in to_dict(self).items() if key != "max_epsilon"}}
 
 
 @section

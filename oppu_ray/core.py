@@ -187,6 +187,7 @@ class UserDone:
         version: None when it failed, and when this run had committed the user before.
         num_splits: How often the user's pack was halved to get it through; in bf16, other shapes round differently.
         is_retryable: The failure is not in the user's data: another try may succeed, or another machine.
+        epsilon: Of all the user's versions together, where this one was trained under noise.
     """
 
     user_id: str
@@ -198,6 +199,7 @@ class UserDone:
     num_tokens: int
     num_splits: int = 0
     is_retryable: bool = False
+    epsilon: float = 0.0
 
     @property
     def key(self) -> tuple[str, ...]:

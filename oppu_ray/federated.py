@@ -402,6 +402,8 @@ def summarise_rounds(config: Config, index: Index, folder: Path) -> dict[str, An
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("round-*.json"))]
     num_parts = federated.num_shards if federated.split == "items" else 1  # a shard's part of everybody's items
     text = {number: sum(index.entries[user].length for user in own) // num_parts for number, own in shards.items()}
+    if federated.noise_multiplier:  # nothing of the users that has no noise
+        text = {}
     up = {number: sum(record["bytes_up"].get(str(number), 0) for record in records) for number in shards}
     down = {number: sum(record["bytes_down"].get(str(number), 0) for record in records) for number in shards}
     summary: dict[str, Any] = {
@@ -426,10 +428,10 @@ def summarise_rounds(config: Config, index: Index, folder: Path) -> dict[str, An
 def format_summary(summary: Mapping[str, Any]) -> str:
     """A few lines for the terminal."""
     most = max(summary["bytes_up"].values())
-    text = sum(summary["bytes_text"].values()) / len(summary["bytes_text"])
+    text = list(summary["bytes_text"].values())
     lines = [
         f"{len(summary['rounds'])} rounds over {len(summary['bytes_up'])} shards; at most {most / 1e6:.1f} MB left a "
-        f"shard, none of it text (a shard's text is {text / 1e6:.2f} MB)"
+        "shard, none of it text" + (f" (a shard's text is {sum(text) / len(text) / 1e6:.2f} MB)" if text else "")
     ]
     lines += [f"round {one['round']}, shard {one['shard']}: {one['reason']}" for one in summary["found"]]
     if privacy := summary.get("privacy"):

@@ -38,11 +38,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """`fingerprint` is the SHA-256 of `users.jsonl` before any target was forgotten; `labels` are the base users'."""
+    """`fingerprint` is the SHA-256 of `users.jsonl` before any target was forgotten; `labels` are the base users'.
+
+    `base_fingerprint` is of the base users' lines alone: what is made from them is named by nothing else.
+    """
 
     entries: dict[str, Entry]
     labels: dict[str, int]
     fingerprint: str
+    base_fingerprint: str
 
     def sizes(self, role: str) -> list[UserSize]:
         return [entry.size for entry in self.entries.values() if entry.role == role]
@@ -53,19 +57,21 @@ def write_prepared(folder: Path, users: Iterable[UserHistory], keep: Keep = lamb
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[bytes] = []
     entries: dict[str, Entry] = {}
-    digest = hashlib.sha256()
+    digest, base_digest = hashlib.sha256(), hashlib.sha256()
     labels: Counter[str] = Counter()
     offset = 0
     for user in users:
         kept = keep(user)
         line = b"" if kept is None else _line(kept)
         digest.update(_line(user) if user.role == "target" and kept != user else line)
+        if user.role == "base":
+            base_digest.update(line)
         if kept is not None:
             entries[user.user_id] = Entry(user.role, offset, len(line), _size(kept))
             labels.update(_labels(kept))
         lines.append(line)
         offset += len(line)
-    index = Index(entries, dict(sorted(labels.items())), digest.hexdigest())
+    index = Index(entries, dict(sorted(labels.items())), digest.hexdigest(), base_digest.hexdigest())
     write_atomic(folder / USERS_NAME, b"".join(lines))
     write_atomic(folder / INDEX_NAME, json.dumps(dataclasses.asdict(index)).encode())
     return index
@@ -95,8 +101,11 @@ def forget_prepared(folder: Path, keep: Keep) -> set[str]:
             entries[user_id] = dataclasses.replace(entry, size=_size(kept))
             labels.update(_labels(kept))
     if changed:
-        fingerprint = hashlib.sha256(content).hexdigest() if "base" in changed else index.fingerprint
-        index = Index(entries, dict(sorted(labels.items())), fingerprint)
+        fingerprints = index.fingerprint, index.base_fingerprint
+        if "base" in changed:
+            parts = [content[e.offset : e.offset + e.length] for e in index.entries.values() if e.role == "base"]
+            fingerprints = hashlib.sha256(content).hexdigest(), hashlib.sha256(b"".join(parts)).hexdigest()
+        index = Index(entries, dict(sorted(labels.items())), *fingerprints)
         write_atomic(folder / USERS_NAME, bytes(content))
         write_atomic(folder / INDEX_NAME, json.dumps(dataclasses.asdict(index)).encode())
     return changed
@@ -117,7 +126,8 @@ def read_index(folder: Path) -> Index:
             user_id: Entry(entry["role"], entry["offset"], entry["length"], UserSize(**entry["size"]))
             for user_id, entry in values["entries"].items()
         }
-        return Index(entries, values["labels"], values["fingerprint"])
+        fingerprint = values["fingerprint"]
+        return Index(entries, values["labels"], fingerprint, values.get("base_fingerprint", fingerprint))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not an index ({error!r}): run `prepare` again") from error
 

@@ -34,9 +34,10 @@ from torch import Tensor
 
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.config import PrivacyConfig, TrainConfig
-from oppu_ray.core import Example, UserWork
+from oppu_ray.core import Example, InputError, UserWork
 from oppu_ray.files import write_once
 from oppu_ray.gaussian import discrete_gaussian
+from oppu_ray.packing import num_steps
 from oppu_ray.secure import derive
 from oppu_ray.training import Backward, backward_step
 
@@ -109,6 +110,40 @@ def epsilon(noise_multiplier: float, sample_rate: float, num_steps: int, delta: 
     orders = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [128, 256, 512]
     cost = rdp.compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=num_steps, orders=orders)
     return float(rdp.get_privacy_spent(orders=orders, rdp=cost, delta=delta)[0])
+
+
+def epsilon_of(rho: float, delta: float) -> float:
+    """What versions whose costs add up to `rho` are worth together; `account` says how they add up."""
+    return epsilon(1 / math.sqrt(2 * rho), 1.0, 1, delta) if rho else 0.0
+
+
+def account(config: PrivacyConfig, train: TrainConfig, num_items: int, rho_before: float) -> dict[str, float]:
+    """What one more version costs a user's privacy: the metrics of its manifest.
+
+    A step under noise z is a Gaussian mechanism: 1 / (2 z**2) of zero-concentrated differential privacy (Bun and
+    Steinke 2016, arXiv 1605.02065), which adds up over steps and versions, whatever their z. An item of this version
+    that the others had not costs less: the sum is of an item that all had.
+
+    Args:
+        num_items: That it is trained on.
+        rho_before: What the user's versions have cost so far (`Registry.rho`).
+
+    Returns:
+        `rho_before`, `rho` (with this version), and `epsilon` and `delta` of all versions together.
+
+    Raises:
+        InputError: Epsilon would be above `config.max_epsilon`.
+    """
+    looks = num_looks(num_steps(num_items, train), num_items, train.items_per_step)
+    rho = rho_before + looks / (2 * config.noise_multiplier**2)
+    cost = epsilon_of(rho, config.delta)
+    if cost > config.max_epsilon:
+        before = epsilon_of(rho_before, config.delta)
+        raise InputError(
+            f"privacy.max_epsilon is {config.max_epsilon:g}, and training once more on {num_items} items would bring "
+            f"the epsilon of all versions from {before:.2f} to {cost:.2f} at delta {config.delta:g}; expected no more"
+        )
+    return {"rho_before": rho_before, "rho": rho, "epsilon": cost, "delta": config.delta}
 
 
 def num_looks(num_steps: int, num_items: int, items_per_step: int) -> int:

@@ -20,7 +20,7 @@ from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import InputError, UserDone, UserHistory
 from oppu_ray.packing import plan_user, user_seed
-from oppu_ray.privacy import private_backward
+from oppu_ray.privacy import account, private_backward
 from oppu_ray.registry import UserHash
 from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault
@@ -56,7 +56,8 @@ def refresh_user(
 
     Raises:
         Refused: The user is being trained elsewhere, or was forgotten meanwhile.
-        ValueError: No history, an item that cannot be trained on, or the vault failed.
+        InputError: No history, or `privacy.max_epsilon` allows no more training.
+        ValueError: An item that cannot be trained on, or the vault failed.
     """
     config = replace(config, study=replace(config.study, items="all"))
     user_hash = vault.user_hash(user)
@@ -65,6 +66,10 @@ def refresh_user(
         items = vault.read_history(user_hash)
         if not items:
             raise InputError(f"user {user_hash[:12]}: has no history in the vault; expected at least one item")
+        is_private = config.privacy.noise_multiplier > 0
+        cost = None
+        if is_private:
+            cost = account(config.privacy, config.personal, len(items), vault.registry.rho(user_hash))
         current = vault.registry.current(user_hash)
         # The id is not kept in the vault. A run's seed is made from it, and stands in what the run committed.
         seed = user_seed(config.seed, user)
@@ -83,13 +88,13 @@ def refresh_user(
             if progress:
                 progress(done, len(work.steps))
 
-        is_private = config.privacy.noise_multiplier > 0
         backward = private_backward(config.privacy, [work], secrets.token_bytes(32)) if is_private else None
         (result,) = train_pack(base.model, [work], config.personal, advance, backward=backward)
         version = None
         if result.adapter is not None:
-            adapter, manifest = with_lineage(config, base, result, tuple(item.item_id for item in items), seed)
+            item_ids = tuple(item.item_id for item in items)
+            adapter, manifest = with_lineage(config, base, result, item_ids, seed, cost=cost)
             version = vault.commit(user_hash, adapter, manifest, lease)
-        return replace(settled(result, version), user_id=user)
+        return replace(settled(result, version), user_id=user, epsilon=cost["epsilon"] if cost else 0.0)
     finally:
         vault.registry.release_lease(lease)

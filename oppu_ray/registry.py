@@ -48,6 +48,9 @@ _USERS = sa.Table(
     # Counts the changes of the history; NULL: its segments are not listed yet (a vault made with schema 1).
     sa.Column("history_version", sa.Integer),
     sa.Column("key_check", sa.String(64)),
+    # What all versions that were ever released have cost of the user's privacy (zero-concentrated DP): versions that
+    # are removed, quarantined or rolled back stay in the sum.
+    sa.Column("rho", sa.Double, nullable=False, server_default="0"),
 )
 # The user's history in order: file `name` holds `num_items` items. `ids`: 16 bytes of each item's keyed hash.
 _SEGMENTS = sa.Table(
@@ -141,6 +144,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE users ADD COLUMN generation INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE users ADD COLUMN history_version INTEGER",
         "ALTER TABLE users ADD COLUMN key_check VARCHAR(64)",
+        "ALTER TABLE users ADD COLUMN rho DOUBLE PRECISION NOT NULL DEFAULT 0",
     ),
 )
 
@@ -377,18 +381,37 @@ class Registry:
         with self._read() as connection:
             return [Version(**row._mapping) for row in connection.execute(chosen)]
 
-    def publish(self, lease: Lease, version: Version, expected: str | None, make_current: bool = True) -> None:
+    def rho(self, user_hash: str) -> float:
+        """What all versions ever released have cost of a user's privacy (zero-concentrated DP); 0 if there is none."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(_USERS.c.rho).where(_USERS.c.user_hash == user_hash)) or 0.0
+
+    def publish(
+        self,
+        lease: Lease,
+        version: Version,
+        expected: str | None,
+        make_current: bool = True,
+        rho: tuple[float, float] | None = None,
+    ) -> None:
         """Record a version and, unless told not to, make it current, in one transaction; adds the user if new.
 
+        Args:
+            rho: Where it was trained under noise: what the user's versions have cost before it, and with it.
+
         Raises:
-            Refused: The lease was lost, `current` is no longer `expected`, or the run has committed this user.
+            Refused: The lease was lost, `current` is no longer `expected`, the run has committed this user, or another
+                version was released meanwhile, so that `rho` is too low.
         """
         with self._write() as connection:
             _check_held(connection, lease)
-            self._publish(connection, version, expected, make_current)
+            self._publish(connection, version, expected, make_current, rho)
 
-    def import_user(self, lease: Lease, segments: Sequence[Segment], version: Version | None) -> None:
+    def import_user(self, lease: Lease, segments: Sequence[Segment], version: Version | None, rho: float = 0.0) -> None:
         """Add a user whole, in one transaction: the list of their history, and their current version if there is one.
+
+        Args:
+            rho: What their versions have cost of their privacy where they come from.
 
         Raises:
             Refused: The lease was lost, or the user exists.
@@ -403,7 +426,7 @@ class Registry:
                 rows = [{"user_hash": user_hash, **asdict(segment)} for segment in segments]
                 connection.execute(sa.insert(_SEGMENTS), rows)
             if version is not None:
-                self._publish(connection, version, None, make_current=True)
+                self._publish(connection, version, None, True, (0.0, rho))
 
     def use(self, user_hash: str, version: str, expected: str | None) -> None:
         """Make a good version current. `Refused` when `current` is no longer `expected`, ValueError if not good."""
@@ -819,7 +842,14 @@ class Registry:
         new = {"created_at": self._clock(), "generation": generation, "history_version": 0}
         connection.execute(sa.insert(_USERS), [{"user_hash": user_hash, **new} for user_hash in sorted(user_hashes)])
 
-    def _publish(self, connection: sa.Connection, version: Version, expected: str | None, make_current: bool) -> None:
+    def _publish(
+        self,
+        connection: sa.Connection,
+        version: Version,
+        expected: str | None,
+        make_current: bool,
+        rho: tuple[float, float] | None,
+    ) -> None:
         """See `publish`; the caller has checked the lease."""
         user_hash = version.user_hash
         row = connection.execute(sa.select(_USERS.c.current).where(_USERS.c.user_hash == user_hash)).first()
@@ -827,6 +857,10 @@ class Registry:
             self._add(connection, {user_hash})
         current = None if row is None else row.current
         self._move(connection, user_hash, current, expected, version.version if make_current else current)
+        if rho is not None:
+            mine = (_USERS.c.user_hash == user_hash, _USERS.c.rho == rho[0])
+            if connection.execute(sa.update(_USERS).where(*mine).values(rho=rho[1])).rowcount != 1:
+                raise Refused(f"user {user_hash[:12]}: another version was released meanwhile; try again")
         connection.execute(sa.insert(_VERSIONS).values(**asdict(version)))
         if version.run_id:
             unit = {"run_id": version.run_id, "user_hash": user_hash}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import hmac
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.machine import hardware
 from oppu_ray.packing import PackForecast, num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
-from oppu_ray.privacy import epsilon, num_looks
+from oppu_ray.privacy import epsilon_of
 from oppu_ray.progress import Progress, only_driver, progress_bar, stop_on_sigterm
 from oppu_ray.tasks import get_task
 from oppu_ray.training import train_pack
@@ -77,7 +78,7 @@ def _adapt(config: Config, index: Index, base: Base) -> dict[str, Any]:
     folder = _own_folder(config, "adapt")
     with _result(config, "adapt") as result:
         task_id = _digest(
-            index.fingerprint,
+            index.base_fingerprint,
             base.fingerprint,
             to_dict(config)["adapt"],
             to_dict(config)["task"],
@@ -151,14 +152,17 @@ def train(config: Config) -> dict[str, Any]:
 
 def _train(config: Config) -> dict[str, Any]:
     index, task_base, run_id = _plan(config)
-    shards = _shards(config, index)
+    shards, is_private = _shards(config, index), config.privacy.noise_multiplier > 0
     num_users, num_packs = len(index.sizes("target")), sum(map(len, shards))
     failed, num_trained, num_split, num_to_retry, num_tokens = {}, 0, 0, 0, 0
     with _result(config, "train") as result:
-        result["fingerprints"] |= {"histories": index.fingerprint, "run": run_id}
+        result["fingerprints"] |= {"run": run_id} if is_private else {"histories": index.fingerprint, "run": run_id}
         open_vault(config).close()
         label = f"personal adapters {config.memory.name}".rstrip()
-        forecast = PackForecast(shards, index.sizes("target"), config.personal)
+        sizes = index.sizes("target")
+        if is_private:  # a share of all words would tell how long the texts are
+            sizes = [dataclasses.replace(size, num_words=size.num_items) for size in sizes]
+        forecast = PackForecast(shards, sizes, config.personal)
         with (
             stop_on_sigterm() as should_stop,
             only_driver(_folder(config, "") / f".train-{run_id}.lock", should_stop),
@@ -191,30 +195,33 @@ def _train(config: Config) -> dict[str, Any]:
             "num_split_users": num_split,
             "num_recoveries": progress.num_recoveries,
             "recovery_s": progress.recovery_s,
-            "shard_words": [sum(pack.num_words for pack in shard) for shard in shards],
+            # Without noise, words say something of the items; losses and tokens are 0 then (see `privacy`).
+            "shard_words": [] if is_private else [sum(pack.num_words for pack in shard) for shard in shards],
             "num_tokens": num_tokens,
             "useful_tokens_per_s": num_tokens / elapsed,
             "users_per_hour": 3600 * num_trained / elapsed,
             "adapter_bytes": _adapter_bytes(config, run_id, index),
         }
-        if config.privacy.noise_multiplier:
+        if is_private:
             result["privacy"] = _personal_privacy(config, index)
-            print("epsilon {epsilon:.2f} at delta {delta:g}, for any one item".format(**result["privacy"]))
+            print(
+                "epsilon {epsilon:.2f} at delta {delta:g} at most, for any one item, over all versions of its user "
+                "that were trained under noise".format(**result["privacy"])
+            )
         before = f" ({num_done - num_trained} of them before)" if num_done > num_trained else ""
         again = f" ({num_to_retry} may succeed when run again)" if num_to_retry else ""
         print(
-            f"{num_done} users trained and committed{before}, {len(failed)} failed{again}, "
-            f"{num_tokens / elapsed:.0f} tokens/s"
+            f"{num_done} users trained and committed{before}, {len(failed)} failed{again}"
+            + ("" if is_private else f", {num_tokens / elapsed:.0f} tokens/s")
         )
     return result
 
 
 def _personal_privacy(config: Config, index: Index) -> dict[str, Any]:
-    privacy, personal = config.privacy, config.personal
-    sizes = [size.num_items for size in index.sizes("target")]
-    looks = max(num_looks(num_steps(num, personal), num, personal.items_per_step) for num in sizes)
-    cost = epsilon(privacy.noise_multiplier, 1.0, looks, privacy.delta)
-    return {"unit": "item", "epsilon": cost, "delta": privacy.delta}
+    """What the versions released so far have cost the target who has paid most."""
+    with closing(open_vault(config)) as vault:
+        rho = max(vault.registry.rho(vault.user_hash(size.user_id)) for size in index.sizes("target"))
+    return {"unit": "item", "epsilon": epsilon_of(rho, config.privacy.delta), "delta": config.privacy.delta}
 
 
 def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:
@@ -343,8 +350,12 @@ def _plan(config: Config) -> tuple[Index, Path, str]:
     values = to_dict(config)
     task_base = adapted["fingerprints"]["task_base"]
     parts = index.fingerprint, task_base, values["personal"], values["task"], config.seed
-    privacy = [values["privacy"]] if config.privacy.noise_multiplier else []
-    run_id = _digest(*parts, *config.memory.recipe.items(), *privacy, *config.study.recipe.items())
+    run_id = _digest(
+        *parts, *config.memory.recipe.items(), *config.privacy.recipe.values(), *config.study.recipe.items()
+    )
+    if config.privacy.noise_multiplier:  # the id stands in manifests, and a digest of histories would tell them apart
+        with closing(open_vault(config)) as vault:
+            run_id = hmac.new(vault.derive_key("run"), run_id.encode(), hashlib.sha256).hexdigest()[:16]
     return index, Path(adapted["task_base"]), run_id
 
 

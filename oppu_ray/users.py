@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oppu_ray.config import Config, from_dict, load_config, located
+from oppu_ray.config import Config, PrivacyConfig, from_dict, load_config, located
 from oppu_ray.files import write_atomic
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ def _show(place: Place, options: argparse.Namespace) -> Shown:
 
 
 def _versions(place: Place, options: argparse.Namespace) -> Shown:
+    from oppu_ray.privacy import epsilon_of
     from oppu_ray.vault import CorruptError
 
     vault, user = place.vault, _known(place, options)
@@ -221,10 +222,16 @@ def _versions(place: Place, options: argparse.Namespace) -> Shown:
                 "task": manifest.task_fingerprint if manifest else "",
                 "items": len(manifest.item_ids) if manifest else "",
                 "seed": manifest.seed if manifest else "",
-                "loss": f"{manifest.metrics['last_loss']:.4f}" if manifest and "last_loss" in manifest.metrics else "",
+                "loss": _metric(manifest, "last_loss", ".4f"),
+                "epsilon": _metric(manifest, "epsilon", ".2f"),
             }
         )
-    return Shown(rows, _table(table, f"{len(rows)} versions"))
+    summary = f"{len(rows)} versions"
+    if rho := vault.registry.rho(user):
+        delta = (place.config.privacy if place.config else PrivacyConfig()).delta
+        spent = epsilon_of(rho, delta)
+        summary += f"; all that were ever trained under noise have epsilon {spent:.2f} at delta {delta:g}"
+    return Shown(rows, _table(table, summary))
 
 
 def _diff(place: Place, options: argparse.Namespace) -> Shown:
@@ -349,12 +356,17 @@ def _train_again(place: Place, user: str) -> tuple[str | None, str]:
         return None, "no items are left to train on: the user has no adapter now"
     if place.config is None:
         return None, "the adapters that had seen it are gone; name the run (--vault RUN) to train the user again"
+    from oppu_ray.core import InputError
     from oppu_ray.refresh import open_task_base, refresh_user
 
-    done = refresh_user(place.config, place.vault, user, open_task_base(place.config))
+    try:
+        done = refresh_user(place.config, place.vault, user, open_task_base(place.config))
+    except InputError as error:  # such as privacy.max_epsilon
+        return None, f"the adapters that had seen it are gone; not trained again: {error}"
     if done.error:
         raise ValueError(f"forgotten, but the training without it failed: {done.error}")
-    return done.version, f"trained again without it: version {done.version} is current"
+    cost = f", epsilon {done.epsilon:.2f} over all versions" if done.epsilon else ""
+    return done.version, f"trained again without it: version {done.version} is current{cost}"
 
 
 def _verify_receipt(place: Place, options: argparse.Namespace) -> Shown:
@@ -468,6 +480,10 @@ def _confirm(what: str, is_sure: bool) -> None:
 
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _metric(manifest: Manifest | None, name: str, form: str) -> str:
+    return format(manifest.metrics[name], form) if manifest and name in manifest.metrics else ""
 
 
 def _cell(value: Any) -> str:

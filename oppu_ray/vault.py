@@ -76,6 +76,7 @@ class Manifest:
         task_fingerprint: Names the task adapter in it: "base-" and a digest of all that it was trained from, or "".
         item_ids: The user's own items that were trained on: the only personal data an adapter depends on.
         recipe: The training settings, JSON-able.
+        metrics: Losses; where it was trained under noise `privacy.account` instead, and nothing that has no noise.
         run_id: The run that trained it, or ""; a run commits each user once.
         user_hash: This and what follows is filled in by `Vault.commit`.
         shapes: Tensor name to shape.
@@ -734,7 +735,8 @@ class Vault:
             raise
         sync_folder(folder.parent)
         try:
-            step(self.registry.publish, lease, row, parent, make_current)
+            rho = (metrics["rho_before"], metrics["rho"]) if "rho" in (metrics := manifest.metrics) else None
+            step(self.registry.publish, lease, row, parent, make_current, rho)
         except Refused:  # after any other failure the row may be there: then only gc may judge
             remove(folder)
             raise

@@ -15,7 +15,7 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
@@ -36,7 +36,7 @@ from oppu_ray.memory import Memories, Memory, choose_items, older_half
 from oppu_ray.packing import encode, plan_user, user_seed, virtual_tokens
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import Index, read_index, read_users
-from oppu_ray.privacy import noise_key, private_backward
+from oppu_ray.privacy import account, noise_key, private_backward
 from oppu_ray.progress import Interrupted, Progress
 from oppu_ray.registry import Lease, Refused, RegistryError
 from oppu_ray.secure import derive
@@ -149,7 +149,7 @@ class Worker:
         try:
             yield from self._lease(unit, leases)  # before reading: who forgets a user ends their lease
             base = self._base(self.task_base_path)
-            works, item_ids = [], {}
+            works, item_ids, costs = [], dict[str, tuple[str, ...]](), dict[str, dict[str, float]]()
             kept: list[UserHistory] = []
             for user in read_users(self.run_dir / "prepare", self.index, tuple(leases)):
                 learnt = choose_items(self.config, user)
@@ -162,6 +162,8 @@ class Worker:
             self.memories.write_profiles(kept)
             for user in kept:
                 try:
+                    if self._noise and user.user_id not in committed:
+                        costs[user.user_id] = self._account(user)
                     works.append(self._work(user, base))
                 except ValueError as error:
                     yield self._failure(user.user_id, error)
@@ -171,7 +173,7 @@ class Worker:
             if committed.issuperset(left):
                 yield from map(_done_before, left)
                 return
-            pack = self._train_pack(base, works, leases, item_ids)
+            pack = self._train_pack(base, works, leases, item_ids, costs)
             while True:
                 try:
                     done = next(pack)
@@ -225,6 +227,7 @@ class Worker:
         works: Sequence[UserWork],
         leases: dict[str, Lease],
         item_ids: dict[str, tuple[str, ...]],
+        costs: dict[str, dict[str, float]],
     ) -> Generator[UserDone | StepsDone, None, str | None]:
         """Train from the last checkpoint, if there is one. Returns why the pack did not get through, or None."""
         user_ids = [work.user_id for work in works]
@@ -253,7 +256,7 @@ class Worker:
             with attached(base.model, works, config) as bank:
                 for event in train_steps(bank, works, config, state, between_steps, self.ranks, backward):
                     if isinstance(event, TrainResult):
-                        done = self._finish(event, base, item_ids[event.user_id], leases)
+                        done = self._finish(event, base, item_ids[event.user_id], leases, costs.get(event.user_id))
                         finished.append(done)
                         yield done
                         continue
@@ -275,17 +278,25 @@ class Worker:
                 raise  # the others are in the middle of this pass
             reason = reason_of(error)
         checkpoint.remove()
-        if losses := [done.last_loss for done in finished if done.error is None]:
+        losses = [done.last_loss for done in finished if done.error is None]
+        if losses and not self._noise:
             self.telemetry.set("oppu_train_loss", sum(losses) / len(losses))
         return reason
 
-    def _finish(self, result: TrainResult, base: Base, item_ids: tuple[str, ...], leases: dict[str, Lease]) -> UserDone:
+    def _finish(
+        self,
+        result: TrainResult,
+        base: Base,
+        item_ids: tuple[str, ...],
+        leases: dict[str, Lease],
+        cost: dict[str, float] | None,
+    ) -> UserDone:
         """Commit a result, under the lease that was taken before the user's history was read."""
         user_id = result.user_id
         if result.adapter is None:
             return settled(result, None)
         seed = user_seed(self.config.seed, user_id)
-        adapter, manifest = with_lineage(self.config, base, result, item_ids, seed, self.run_id)
+        adapter, manifest = with_lineage(self.config, base, result, item_ids, seed, self.run_id, cost)
         started = time.monotonic()
         try:
             version = self._commit(user_id, adapter, manifest, leases)
@@ -315,6 +326,11 @@ class Worker:
                 raise
             leases[user_id] = self.vault.lease(user_id, self.run_id, LEASE_TTL_S)
             return self.vault.commit(user_id, adapter, manifest, leases[user_id], is_served)
+
+    def _account(self, user: UserHistory) -> dict[str, float]:
+        """What this run's version costs the user's privacy. ValueError if that is more than the config allows."""
+        rho = self.vault.registry.rho(self.vault.user_hash(user.user_id))
+        return account(self.config.privacy, self.config.personal, len(user.items), rho)
 
     def _work(self, user: UserHistory, base: Base) -> UserWork:
         examples = encode_user(self.config, user, base, self.memories.open(user))
@@ -350,9 +366,19 @@ class Worker:
 
 
 def with_lineage(
-    config: Config, base: Base, result: TrainResult, item_ids: tuple[str, ...], seed: int, run_id: str = ""
+    config: Config,
+    base: Base,
+    result: TrainResult,
+    item_ids: tuple[str, ...],
+    seed: int,
+    run_id: str = "",
+    cost: Mapping[str, float] | None = None,
 ) -> tuple[AdapterState, Manifest]:
-    """A trained adapter that names its base, and where it comes from: what `Vault.commit` takes."""
+    """A trained adapter that names its base, and where it comes from: what `Vault.commit` takes.
+
+    Args:
+        cost: `privacy.account`, where it was trained under noise: it stands in the place of the losses.
+    """
     assert result.adapter is not None
     manifest = Manifest(
         base_fingerprint=base.fingerprint,
@@ -360,10 +386,10 @@ def with_lineage(
         item_ids=item_ids,
         recipe=to_dict(config.personal)
         | ({"memory": config.memory.recipe} if config.memory.name else {})
-        | ({"privacy": to_dict(config.privacy)} if config.privacy.noise_multiplier else {})
+        | config.privacy.recipe
         | config.study.recipe,
         seed=seed,
-        metrics={"first_loss": result.losses[0], "last_loss": result.losses[-1]},
+        metrics=dict(cost) if cost else {"first_loss": result.losses[0], "last_loss": result.losses[-1]},
         run_id=run_id,
     )
     named = {**result.adapter.peft_config, "base_model_name_or_path": str(base.path)}

@@ -254,6 +254,8 @@ def spoil_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[dict
         (spoil_manifest(lambda m: m.update(item_ids=[["x"]])), "not a manifest .*found .*x"),
         (spoil_manifest(lambda m: m.update(metrics={"last_loss": "no"})), "not a manifest .*found 'no'"),
         (spoil_manifest(lambda m: m.update(metrics=[])), "not a manifest"),
+        (spoil_manifest(lambda m: m.update(metrics={"rho": -1.0})), "metrics.rho is -1.0; expected a finite number"),
+        (spoil_manifest(lambda m: m.update(metrics={"rho": float("nan")})), "metrics.rho is nan; expected a finite"),
         (spoil_manifest(lambda m: m.update(seed=None)), "not a manifest .*found 'None'"),
         (spoil_manifest(lambda m: m.update(recipe=[])), "not a manifest"),
         (spoil_manifest(lambda m: m.update(run_id=3)), "not a manifest"),

@@ -19,6 +19,7 @@ from oppu_ray.cli import main
 from oppu_ray.config import load_config, to_dict
 from oppu_ray.core import TrainingPair
 from oppu_ray.evaluation import Arm, explain, parse_arm
+from oppu_ray.prepared import read_index
 from oppu_ray.tasks import render_prompt
 from oppu_ray.vault import Vault
 
@@ -122,7 +123,8 @@ def test_default_arms_leave_what_they_left_before_there_was_memory(run: Path, pl
     adapted, trained = plain["adapt"]["fingerprints"], plain["train"]["fingerprints"]
     own = config["personal"], config["task"], config["seed"]
     assert trained["run"] == stages._digest(trained["histories"], adapted["task_base"], *own)
-    task_base = stages._digest(adapted["histories"], adapted["base"], config["adapt"], *own[1:])
+    of_base_users = read_index(Path(config["run_dir"]) / "prepare").base_fingerprint
+    task_base = stages._digest(of_base_users, adapted["base"], config["adapt"], *own[1:])
     assert plain["adapt"]["task_base"].endswith(f"/adapt/base-{task_base}")
     assert plain["tree"] == {f"{stage}/result.json" for stage in ("adapt", "train", "evaluate")} | {
         "evaluate/predictions.jsonl"

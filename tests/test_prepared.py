@@ -37,7 +37,7 @@ def test_the_index_holds_counts_and_no_text(tmp_path: Path) -> None:
     assert index.sizes("base") == [UserSize("bob", 2, 6, 0), UserSize("eve", 2, 3, 0)]
     assert index.labels == {"a": 1, "b": 2}  # of base users only
     written = json.loads((tmp_path / "index.json").read_text())
-    assert set(written) == {"entries", "labels", "fingerprint"}
+    assert set(written) == {"entries", "labels", "fingerprint", "base_fingerprint"}
     assert set(written["entries"]["bob"]) == {"role", "offset", "length", "size"}
     assert set(written["entries"]["bob"]["size"]) == {field.name for field in dataclasses.fields(UserSize)}
 
@@ -48,6 +48,18 @@ def test_the_fingerprint_is_that_of_the_file_and_of_nothing_else(tmp_path: Path)
     assert write_prepared(tmp_path / "b", [ANN, BOB]).fingerprint == index.fingerprint
     assert write_prepared(tmp_path / "b", [BOB, ANN]).fingerprint != index.fingerprint
     assert read_users(tmp_path / "b", read_index(tmp_path / "b"), ["bob"]) == [BOB]
+
+
+def test_targets_are_not_in_the_fingerprint_of_the_base_users(tmp_path: Path) -> None:
+    """It names the task base, and that name stands in every target's manifest."""
+    first = write_prepared(tmp_path / "a", [ANN, BOB, EVE])
+    other = dataclasses.replace(ANN, items=ANN.items[:1])
+    assert write_prepared(tmp_path / "b", [other, BOB, EVE]).base_fingerprint == first.base_fingerprint
+    assert write_prepared(tmp_path / "b", [ANN, BOB]).base_fingerprint != first.base_fingerprint
+    assert forget_prepared(tmp_path / "a", without(ANN.user_id)) == {"target"}
+    assert read_index(tmp_path / "a").base_fingerprint == first.base_fingerprint
+    assert forget_prepared(tmp_path / "a", without("eve", "2")) == {"base"}
+    assert read_index(tmp_path / "a").base_fingerprint != first.base_fingerprint
 
 
 def test_only_the_asked_users_lines_are_read(tmp_path: Path) -> None:

@@ -296,6 +296,26 @@ def test_reopening_keeps_everything_and_a_newer_schema_is_refused(url: str, regi
         Registry(url, KEY)
 
 
+def test_what_versions_cost_adds_up_and_outlives_them_but_not_their_user(registry: Registry) -> None:
+    def release(number: int, rho: tuple[float, float] | None) -> None:
+        lease = registry.acquire_lease(ALICE, "test", 60)
+        before = registry.current(ALICE)
+        registry.publish(lease, version(ALICE, number), before.version if before else None, True, rho)
+
+    assert registry.rho(ALICE) == 0.0
+    release(1, (0.0, 0.1))
+    release(2, (0.1, 0.1 + 0.2))
+    release(3, None)  # without noise
+    assert registry.rho(ALICE) == 0.1 + 0.2
+    with pytest.raises(Refused, match="another version was released meanwhile"):
+        release(4, (0.1, 0.2))
+    assert registry.rho(ALICE) == 0.1 + 0.2 and registry.current(ALICE) == version(ALICE, 3)
+    registry.delete_versions(ALICE, {"000001", "000002", "000003"}, [])
+    assert registry.rho(ALICE) == 0.1 + 0.2 and registry.rho(BOB) == 0.0
+    registry.delete_user(ALICE)
+    assert registry.rho(ALICE) == 0.0
+
+
 def test_migrations_run_once_in_order(url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(registry, version(ALICE, 1))
     steps = (
