@@ -793,6 +793,11 @@ class Registry:
     # ---- inside
 
     @property
+    def url(self) -> str:
+        """For a process of ours that opens the same registry; it may hold a password."""
+        return self._url.render_as_string(hide_password=False)
+
+    @property
     def _shown(self) -> str:
         return self._url.render_as_string(hide_password=True)
 

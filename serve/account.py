@@ -7,71 +7,30 @@ users`, where a mistake does not need a network.
 
 from __future__ import annotations
 
-import json
-import tempfile
-import uuid
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
+from pydantic import Field
 
-from oppu_ray.archive import export_user
-from oppu_ray.core import Item
-from oppu_ray.forget import forget_items, forget_user
+from oppu_ray.config import Config
 from oppu_ray.registry import Token, UserHash
-from oppu_ray.tasks import get_task, needed_field
+from oppu_ray.tasks import get_task
 from oppu_ray.vault import Vault
-from serve.api import Body, User
-from serve.guard import RETRY_AFTER_S, error, signed_in
-from serve.messages import Backend
+from serve.api import User
+from serve.bodies import JSON_OF_ITEMS, MAX_ITEMS_PER_REQUEST, Body
+from serve.guard import RETRY_AFTER_S, Bounds, error, error_of, signed_in
+from serve.history import add_items
+from serve.messages import Backend, Failed
 
-MAX_ITEMS_PER_REQUEST = 1000
-_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SMALL_BODY_BYTES = 16 * 1024
+"""Items that take more are parsed, checked and stored in another process."""
 
 me = APIRouter(prefix="/v1/me", tags=["me"])
 admin = APIRouter(prefix="/v1/admin", tags=["operator"])
 Operator = Annotated[Token, Depends(signed_in("operator"))]
-
-
-class NewItem(Body):
-    """One thing the user did; which fields count depends on the task. `item_id` and `time` are filled in if missing."""
-
-    model_config = ConfigDict(str_strip_whitespace=True)
-
-    item_id: str | None = Field(None, min_length=1, max_length=200)
-    time: str | None = Field(None, max_length=40)
-    text: str = ""
-    label: str | None = None
-    title: str | None = None
-    abstract: str | None = None
-    keywords: str | None = None
-    context: list[str] = Field([], max_length=200)
-    options: list[str] = Field([], max_length=20)
-
-    def item(self) -> Item:
-        now = datetime.now(UTC)
-        return Item(
-            self.item_id or f"{now:%Y%m%d%H%M%S}-{uuid.uuid4().hex[:8]}",
-            self.time or now.isoformat(timespec="seconds"),
-            self.text,
-            self.label,
-            self.title,
-            self.abstract,
-            self.keywords,
-            tuple(filter(None, self.context)),
-            tuple(filter(None, self.options)),
-        )
-
-
-class NewItems(Body):
-    """Items to add to the history, oldest first."""
-
-    items: list[NewItem] = Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)
 
 
 class ItemIds(Body):
@@ -96,6 +55,14 @@ def _backend(request: Request) -> Backend:
     return request.app.state.backend
 
 
+def _vault(request: Request) -> Vault:
+    return _backend(request).vault
+
+
+def _bounds(request: Request) -> Bounds:
+    return request.app.state.bounds
+
+
 def _of(token: Token) -> UserHash:
     assert token.user_hash is not None  # a user's token has one
     return token.user_hash
@@ -107,14 +74,18 @@ def _run_folders(request: Request) -> list[Path]:
     return [run_dir] if run_dir.is_dir() else []
 
 
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
+
+
 @me.get("")
 async def status(request: Request, user: User) -> dict[str, Any]:
     """What the service holds of the user: adapter version, number of items, training under way."""
-    backend, user_hash = _backend(request), _of(user)
-    refresh = await backend.refresh_status(user_hash)
+    vault, user_hash = _vault(request), _of(user)
+    refresh = await _backend(request).refresh_status(user_hash)
 
     def read() -> dict[str, Any]:
-        current = backend.vault.registry.current(user_hash)
+        current = vault.registry.current(user_hash)
         task = get_task(request.app.state.config.task)
         return {
             "user": user_hash[:12],
@@ -123,67 +94,67 @@ async def status(request: Request, user: User) -> dict[str, Any]:
             "target": task.target,
             "labels": task.labels,
             "adapter_version": current.version if current else None,
-            "num_items": len(backend.vault.read_history(user_hash)),
+            "num_items": vault.history(user_hash).num_items,
         }
 
-    return {**await run_in_threadpool(read), "refresh": asdict(refresh)}
+    return {**await _bounds(request).run(user, read), "refresh": asdict(refresh)}
 
 
 @me.get("/versions")
-def versions(request: Request, user: User) -> dict[str, Any]:
+async def versions(request: Request, user: User) -> dict[str, Any]:
     """All adapter versions, oldest first."""
-    registry, user_hash = _backend(request).vault.registry, _of(user)
-    current = registry.current(user_hash)
-    rows = [
-        {
-            "version": row.version,
-            "created_at": row.created_at,
-            "is_good": row.is_good,
-            "is_current": current is not None and row.version == current.version,
-        }
-        for row in registry.versions(user_hash)
-    ]
-    return {"versions": rows}
+    registry, user_hash = _vault(request).registry, _of(user)
+
+    def read() -> list[dict[str, Any]]:
+        current = registry.current(user_hash)
+        return [
+            {
+                "version": row.version,
+                "created_at": row.created_at,
+                "is_good": row.is_good,
+                "is_current": current is not None and row.version == current.version,
+            }
+            for row in registry.versions(user_hash)
+        ]
+
+    return {"versions": await _bounds(request).run(user, read)}
 
 
 @me.post("/rollback")
-def rollback(request: Request, user: User) -> dict[str, str]:
+async def rollback(request: Request, user: User) -> dict[str, str]:
     """Make the good version before the current one current."""
-    return {"adapter_version": _backend(request).vault.rollback(_of(user))}
+    return {"adapter_version": await _bounds(request).run(user, _vault(request).rollback, _of(user))}
 
 
-@me.get("/history")
-def history(request: Request, user: User, limit: int = 100) -> dict[str, Any]:
-    """The newest `limit` items, oldest first."""
-    items = _backend(request).vault.read_history(_of(user))
-    shown = items[-min(limit, MAX_ITEMS_PER_REQUEST) :] if limit > 0 else ()
-    return {"num_items": len(items), "items": [asdict(item) for item in shown]}
+@me.get("/history", response_class=Response)
+async def history(request: Request, user: User, limit: int = 100) -> Response:
+    """The newest `limit` items, oldest first; fewer if they are long."""
+    return _json(await _bounds(request).run_apart(user, "newest_items", _of(user), limit))
 
 
-@me.post("/history")
-def append(request: Request, user: User, body: NewItems) -> dict[str, Any]:
+@me.post("/history", openapi_extra=JSON_OF_ITEMS)
+async def append(request: Request, user: User) -> dict[str, Any]:
     """Add items; they are retrieved at once, and learnt at the next refresh."""
-    config = request.app.state.config
-    task, items = get_task(config.task), [new.item() for new in body.items]
-    for item in items:
-        if field := needed_field(task, item):
-            raise error(400, "bad_request", f"item {item.item_id!r}: {task.name} needs the field {field!r}")
-        if task.labels and item.label and item.label not in task.labels:
-            raise error(400, "bad_request", f"item {item.item_id!r}: label: expected one of {', '.join(task.labels)}")
-    vault = _backend(request).vault
-    if len(vault.read_history(_of(user))) + len(items) > config.serve.max_items:
-        raise error(400, "history_full", f"expected at most {config.serve.max_items} items in a history")
-    num_items = vault.append_history(_of(user), items, generation=user.generation)
-    return {"num_items": num_items, "item_ids": [item.item_id for item in items]}
+    body = await request.body()
+    about = (_of(user), user.generation, body)
+    if len(body) <= SMALL_BODY_BYTES:
+        config: Config = request.app.state.config
+        done = await _bounds(request).run(user, add_items, _vault(request), config, *about)
+    else:
+        done = await _bounds(request).run_apart(user, "add_items", *about)
+    if isinstance(done, Failed):
+        raise error_of(done)
+    return done
 
 
 @me.post("/history/forget")
 async def forget_some(request: Request, user: User, body: ItemIds) -> dict[str, Any]:
     """Remove items, and every adapter version that was trained on them; then `refresh` trains without them."""
     backend, user_hash = _backend(request), _of(user)
-    receipt = await run_in_threadpool(forget_items, backend.vault, user_hash, body.item_ids, _run_folders(request))
+    folders = _run_folders(request)
+    receipt = await _bounds(request).run_apart(user, "forget_items", user_hash, body.item_ids, folders)
     await backend.forget(user_hash)
-    return asdict(receipt)
+    return receipt
 
 
 @me.post("/refresh", status_code=202)
@@ -204,12 +175,9 @@ async def refresh_status(request: Request, user: User) -> dict[str, Any]:
 
 
 @me.get("/export", response_class=Response)
-def export(request: Request, user: User) -> Response:
+async def export(request: Request, user: User) -> Response:
     """Everything of the user as a zip file; its `adapter/` is a plain PEFT folder."""
-    with tempfile.TemporaryDirectory(prefix="oppu-export-", dir=_MEMORY) as folder:
-        path = Path(folder) / "user.zip"
-        export_user(_backend(request).vault, _of(user), path)
-        content = path.read_bytes()
+    content = await _bounds(request).run_apart(user, "export", _of(user))
     headers = {"content-disposition": 'attachment; filename="oppu-export.zip"'}
     return Response(content, media_type="application/zip", headers=headers)
 
@@ -218,47 +186,48 @@ def export(request: Request, user: User) -> Response:
 async def forget(request: Request, user: User) -> dict[str, Any]:
     """Remove everything of the user, tokens included; the receipt is signed, keep it."""
     backend, user_hash = _backend(request), _of(user)
-    receipt = await run_in_threadpool(forget_user, backend.vault, user_hash, _run_folders(request))
+    receipt = await _bounds(request).run_apart(user, "forget_user", user_hash, _run_folders(request))
     await backend.forget(user_hash)
-    return asdict(receipt)
+    return receipt
 
 
-@admin.get("/users")
-def users(request: Request, operator: Operator) -> dict[str, Any]:
+@admin.get("/users", response_class=Response)
+async def users(request: Request, operator: Operator) -> Response:
     """All users by their hash, oldest first."""
-    return {"users": [asdict(user) for user in _backend(request).vault.registry.users()]}
+    return _json(await _bounds(request).run_apart(operator, "users"))
 
 
 @admin.post("/users", status_code=201)
-def add_user(request: Request, operator: Operator, body: UserId) -> dict[str, Any]:
+async def add_user(request: Request, operator: Operator, body: UserId) -> dict[str, Any]:
     """Register a user; nothing happens if they are there."""
-    vault: Vault = _backend(request).vault
-    vault.add_users([body.user_id])
-    return {"user_hash": vault.user_hash(body.user_id)}
+    vault = _vault(request)
+    user_hash = vault.user_hash(body.user_id)
+    await _bounds(request).run(operator, vault.add_users, [user_hash])
+    return {"user_hash": user_hash}
 
 
-@admin.get("/tokens")
-def tokens(request: Request, operator: Operator) -> dict[str, Any]:
+@admin.get("/tokens", response_class=Response)
+async def tokens(request: Request, operator: Operator) -> Response:
     """All tokens without their secrets."""
-    return {"tokens": [asdict(token) for token in _backend(request).vault.registry.tokens()]}
+    return _json(await _bounds(request).run_apart(operator, "tokens"))
 
 
 @admin.post("/tokens", status_code=201)
-def create_token(request: Request, operator: Operator, body: NewToken) -> dict[str, Any]:
+async def create_token(request: Request, operator: Operator, body: NewToken) -> dict[str, Any]:
     """A new token for a user; it is shown this once."""
-    vault: Vault = _backend(request).vault
-    return {"token": vault.registry.create_token("user", vault.user_hash(body.user_id), body.ttl_s)}
+    vault = _vault(request)
+    user_hash = vault.user_hash(body.user_id)
+    create = vault.registry.create_token
+    return {"token": await _bounds(request).run(operator, create, "user", user_hash, body.ttl_s)}
 
 
 @admin.delete("/tokens/{token_id}", status_code=204)
-def revoke_token(request: Request, operator: Operator, token_id: str) -> None:
+async def revoke_token(request: Request, operator: Operator, token_id: str) -> None:
     """End a token at once."""
-    _backend(request).vault.registry.revoke_token(token_id)
+    await _bounds(request).run(operator, _vault(request).registry.revoke_token, token_id)
 
 
-@admin.get("/audit")
-def audit(request: Request, operator: Operator, limit: int = 100) -> dict[str, Any]:
+@admin.get("/audit", response_class=Response)
+async def audit(request: Request, operator: Operator, limit: int = 100) -> Response:
     """The newest lines of the audit log, and whether its chain holds."""
-    registry = _backend(request).vault.registry
-    lines = [{**asdict(entry), "detail": json.loads(entry.detail)} for entry in registry.audit_log()]
-    return {"broken": registry.verify_audit(), "entries": lines[-limit:] if limit > 0 else []}
+    return _json(await _bounds(request).run_apart(operator, "audit", limit))

@@ -20,13 +20,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from oppu_ray.config import Config
 from oppu_ray.core import MAX_LOGPROBS, Item
 from oppu_ray.registry import Token
 from oppu_ray.tasks import Task, get_task, is_blank, task_name
-from serve.guard import MAX_BODY_BYTES, error, error_body, error_of, signed_in
+from serve.bodies import Body
+from serve.guard import error, error_body, error_of, signed_in
 from serve.messages import (
     MAX_TOP_K,
     Ask,
@@ -45,20 +46,6 @@ REPLICA_LOST = Failed(503, "replica_lost", "the replica that answered is gone; t
 
 router = APIRouter(prefix="/v1", tags=["answers"])
 User = Annotated[Token, Depends(signed_in("user"))]
-
-
-class Body(BaseModel):
-    """A request body: unknown fields are errors, and a null is as if the field were not there, as clients send it."""
-
-    # Pydantic takes a lone surrogate, unless it has to look into the text, for its length say.
-    model_config = ConfigDict(extra="forbid", str_max_length=MAX_BODY_BYTES)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        return (
-            {key: value for key, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
-        )
 
 
 class TextPart(Body):
@@ -264,17 +251,11 @@ def _item(task: Task, question: str | TaskInput) -> Item:
 
 
 async def _events(request: Request, ask: Ask) -> AsyncGenerator[Event, None]:
-    """The answer's events within the deadline, for at most `requests_per_user` requests of a user at a time."""
-    state = request.app.state
-    most = state.config.serve.requests_per_user
-    if state.underway[ask.user_hash] >= most:
-        yield Failed(429, "too_many_requests", f"you have {most} requests under way; wait for one of them")
-        return
-    state.underway[ask.user_hash] += 1
+    """The answer's events within the deadline."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + ask.deadline_s
     try:
-        async with aclosing(state.backend.ask(ask)) as events:
+        async with aclosing(request.app.state.backend.ask(ask)) as events:
             while True:
                 # Not `wait_for`: its task may still run when the client hangs up, and the generator cannot be closed.
                 async with asyncio.timeout_at(deadline):
@@ -286,10 +267,6 @@ async def _events(request: Request, ask: Ask) -> AsyncGenerator[Event, None]:
         yield Failed(504, "deadline_exceeded", f"no answer within {ask.deadline_s:g} s")
     except Exception as fault:  # it must not cut a stream off
         yield failure_of(fault, f"request {ask.request_id}")
-    finally:
-        state.underway[ask.user_hash] -= 1
-        if not state.underway[ask.user_hash]:
-            del state.underway[ask.user_hash]
 
 
 async def _first(events: AsyncGenerator[Event, None]) -> Started:

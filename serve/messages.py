@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import re
-import traceback
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Protocol
 
 from oppu_ray.core import MAX_LOGPROBS, InputError, Item, check_unicode
 from oppu_ray.registry import Forgotten, Refused, RegistryError
 from oppu_ray.vault import CorruptError, DiskError, Vault
+from serve.child import places_of
+from serve.fair import Busy
 
 MAX_TOP_K = 32
 
@@ -110,11 +110,15 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of an answer that failed: HTTP status, a code for programs and a message for people."""
+    """The last event of an answer that failed: HTTP status, a code for programs and a message for people.
+
+    `param`: the field of the request that is wrong, if one is.
+    """
 
     status: int
     code: str
     message: str
+    param: str | None = None
 
 
 Event = Started | Delta | Finished | Failed
@@ -170,12 +174,12 @@ def failure_of(error: Exception, where: str) -> Failed:
     # Not isinstance: Ray raises a subclass whose text is the traceback.
     if type(error) is InputError:
         return Failed(400, "bad_request", str(error))
+    if isinstance(error, Busy):
+        return Failed(503, "overloaded", "too many requests wait; try again")
     if isinstance(error, RegistryError | CorruptError | DiskError | Refused):
         logger.error("%s: %s", where, error)  # its text is ours: hashes and paths
     else:
-        frames = traceback.extract_tb(error.__traceback__)[-3:]
-        places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-        logger.error("%s: %s at %s", where, type(error).__name__, places or "unknown")
+        logger.error("%s: %s at %s", where, type(error).__name__, places_of(error))
     if isinstance(error, Forgotten):
         return Failed(409, "forgotten", "you, or items of yours, were forgotten meanwhile")
     if isinstance(error, Refused):

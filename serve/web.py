@@ -7,8 +7,8 @@ handles tokens must not.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +23,7 @@ from oppu_ray.config import Config
 from oppu_ray.registry import Token
 from serve.account import admin, me
 from serve.api import router
-from serve.guard import Guard, add_error_handlers, signed_in
+from serve.guard import Bounds, Guard, add_error_handlers, signed_in
 from serve.messages import Backend
 
 STATIC = Path(str(files("serve"))) / "static"
@@ -37,8 +37,9 @@ def create_web(backend: Backend, config: Config, count: Callable[[str, int], Non
     """
     # A redirect to the path with a slash would echo the Host header, and fails for a query that is not UTF-8.
     app = FastAPI(title="oppu-ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.backend, app.state.config, app.state.underway = backend, config, Counter()
-    app.add_middleware(Guard, count=count)
+    app.state.backend, app.state.config = backend, config
+    app.state.bounds = Bounds(config, backend.vault)
+    app.add_middleware(Guard, backend=backend, bounds=app.state.bounds, count=count)
     add_error_handlers(app)
     for part in (router, me, admin):
         app.include_router(part)
@@ -48,9 +49,11 @@ def create_web(backend: Backend, config: Config, count: Callable[[str, int], Non
     def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 
+    reference = cache(lambda: HTMLResponse(_reference(app.openapi())))
+
     @app.get("/docs", include_in_schema=False)
-    def reference() -> HTMLResponse:
-        return HTMLResponse(_reference(app.openapi()))
+    async def docs() -> HTMLResponse:
+        return reference()
 
     @app.get("/metrics", tags=["operator"], response_class=PlainTextResponse)
     async def metrics(request: Request, token: Annotated[Token, Depends(signed_in("reader", "operator"))]) -> str:
@@ -66,8 +69,8 @@ def _reference(openapi: dict[str, Any]) -> str:
     for path, methods in openapi["paths"].items():
         for method, route in methods.items():
             content = route.get("requestBody", {}).get("content", {}).get("application/json", {})
-            name = content.get("schema", {}).get("$ref", "").rsplit("/", 1)[-1]
-            fields = openapi["components"]["schemas"].get(name, {})
+            schema = content.get("schema", {})
+            fields = openapi["components"]["schemas"].get(schema.get("$ref", "").rsplit("/", 1)[-1], schema)
             rows = "".join(
                 f"<tr><td><code>{escape(field)}</code></td><td>{escape(_kind(schema))}</td></tr>"
                 for field, schema in fields.get("properties", {}).items()

@@ -498,6 +498,7 @@ def test_only_errors_about_the_input_are_told_and_are_a_400(
 ) -> None:
     registry = Broken(error, verify_token=web[0].vault.registry.verify_token)
     web[0].vault = Broken(error, registry=registry)  # type: ignore[assignment]
+    ann.app.state.bounds.chores = Broken(error)  # type: ignore[attr-defined]
     response = ann.request(method, path, json=body)
     assert code(response) == (status, kind)
     told = response.json()["error"]["message"]
@@ -673,11 +674,11 @@ def test_a_fault_of_ours_is_counted_and_guarded_and_only_its_kind_is_logged(
     def broken(*_: Any) -> None:
         raise KeyError("the canary of ann")
 
-    monkeypatch.setattr(backend.vault, "read_history", broken)
-    response = ann.get("/v1/me/history")
+    monkeypatch.setattr(backend.vault, "history", broken)
+    response = ann.get("/v1/me")
     assert code(response) == (500, "internal_error") and "canary" not in response.text + caplog.text
     assert response.headers["cache-control"] == "no-store" and "KeyError" in caplog.text
-    assert backend.counted == [("/v1/me/history", 500)]
+    assert backend.counted == [("/v1/me", 500)]
     monkeypatch.setattr("serve.api._line", broken)
     caplog.clear()
     response = ann.post("/v1/completions", json={"prompt": "a", "stream": True})
@@ -701,7 +702,7 @@ def test_a_damaged_history_and_a_full_disk_are_faults_of_ours_and_show_no_path(
     assert str(vault.root) not in response.text and str(vault.root) in caplog.text
     (segment,) = segment_files(vault, "ann")
     segment.write_bytes(segment.read_bytes()[:-3] + b"xx\n")
-    for path in ("/v1/me", "/v1/me/history", "/v1/me/export"):
+    for path in ("/v1/me/history", "/v1/me/export"):
         response = ann.get(path)
         assert code(response) == (500, "corrupt_data") and "jsonl" not in response.text
 
