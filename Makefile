@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup locked demo test test-slowest test-others check chaos fuzz soak bench cluster cluster-stop
+.PHONY: setup locked demo test test-slowest test-others test-wheel check chaos fuzz soak bench cluster cluster-stop
 
 setup: $(READY)
 
@@ -36,6 +36,16 @@ test-slowest: $(READY)
 
 test-others: $(READY)
 	$(BIN)/pytest -q $(SLOWEST:%=--ignore=%)
+
+# The wheel under another Python, with dependencies of its own: make test-wheel PYTHON=python3.13
+WHEEL := .venv/wheel-$(notdir $(PYTHON))
+
+test-wheel: $(READY)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install -c constraints.txt torch==2.13.0
+	DS_BUILD_OPS=0 $(WHEEL)/bin/pip install -c constraints.txt '.[cpu]'
+	rm -r build
+	WHEEL_PYTHON=$(WHEEL)/bin/python $(BIN)/pytest -q tests/test_wheel.py
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -1,7 +1,8 @@
 """`oppu doctor`: what this machine has, what it lacks, and the exact command to get it (stands beside the line).
 
-In: the installed packages, the machine, `$OPPU_HOME`. Out: a list of `Check`s, printed one a line. A reader might
-question where the version ranges are: in `pyproject.toml` only, read from the metadata of the installed package.
+In: the installed packages, the machine, `$OPPU_HOME`. Out: a list of `Check`s, printed one a line.
+
+Design: all version ranges are in `pyproject.toml`, and read from the metadata of the installed package.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from oppu_ray.machine import FAST_FLAGS, cpu_flags
 
@@ -71,14 +73,16 @@ def print_checks(checks: list[Check], write: Callable[[str], object] = print) ->
 
 def check_python(version: tuple[int, ...]) -> Check:
     found = ".".join(map(str, version))
-    ok = version == (3, 11)
-    return Check("python", ok, f"{found} ({sys.executable})", "" if ok else "python3.11 -m venv .venv")
+    wanted = _python_range()
+    ok = wanted.contains(found)
+    text = f"{found} ({sys.executable})"
+    return Check("python", ok, text if ok else f"{text}, wanted {wanted}", "" if ok else "python3.11 -m venv .venv")
 
 
 def check_packages(requirements: list[str] | None) -> list[Check]:
     """Each requirement outside the extras against what is installed; None: our own package isn't installed."""
     if requirements is None:
-        return [Check(PACKAGE, False, "not installed", f"{_PIP} -c constraints.txt -e '.[cpu]'")]
+        return [Check(PACKAGE, False, "not installed", f"{_PIP} -e '.[cpu]'")]
     checks = []
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -86,7 +90,7 @@ def check_packages(requirements: list[str] | None) -> list[Check]:
         version = _version_of(requirement.name)
         ok = version is not None and requirement.specifier.contains(version, prereleases=True)
         found = f"{version or 'not installed'}, wanted {requirement.specifier or 'any'}"
-        checks.append(Check(requirement.name, ok, found, "" if ok else f"{_PIP} -c constraints.txt '{requirement}'"))
+        checks.append(Check(requirement.name, ok, found, "" if ok else f"{_PIP} '{requirement}'"))
     return checks
 
 
@@ -94,15 +98,15 @@ def check_faiss() -> Check:
     for name in ("faiss-gpu", "faiss-gpu-cu12", "faiss-cpu"):
         if version := _version_of(name):
             return Check("faiss", True, f"{name} {version}")
-    return Check("faiss", False, "not installed", f"{_PIP} -c constraints.txt -e '.[cpu]'")
+    return Check("faiss", False, "not installed", _install("faiss-cpu"))
 
 
 def check_bitsandbytes() -> Check:
     """Only `base.quantization` needs it; one that is installed and does not work is a fault."""
-    name, advice = "bitsandbytes", f"{_PIP} -c constraints.txt -e '.[quantized]'"
+    name = "bitsandbytes"
     version = _version_of(name)
     if version is None:
-        return Check(name, True, "not installed; only base.quantization needs it", advice)
+        return Check(name, True, "not installed; only base.quantization needs it", _install(name))
     try:
         import torch
 
@@ -111,7 +115,7 @@ def check_bitsandbytes() -> Check:
         reason = why_not(torch.device("cpu"))
     except ImportError as error:  # torch is missing, whose advice check_packages has given
         reason = str(error)
-    return Check(name, not reason, reason or f"{version}, int8 and nf4 work", advice if reason else "")
+    return Check(name, not reason, reason or f"{version}, int8 and nf4 work", _install(name) if reason else "")
 
 
 def check_compiler() -> Check:
@@ -138,8 +142,7 @@ def check_gpu() -> Check:
         return Check("GPU", True, "none; everything runs on the CPU")
     found = f"{len(names)} x {names[0]}"
     if (_version_of("torch") or "+cpu").endswith("+cpu"):
-        advice = f"{_PIP} --force-reinstall -c constraints.txt torch"
-        return Check("GPU", False, f"{found}, but torch is a CPU build", advice)
+        return Check("GPU", False, f"{found}, but torch is a CPU build", f"{_install('torch')} --force-reinstall")
     return Check("GPU", True, found, "add base.device=cuda to a command to use it")
 
 
@@ -190,6 +193,19 @@ def _requirements_of(package: str) -> list[str] | None:
         return metadata.requires(package) or []
     except metadata.PackageNotFoundError:
         return None
+
+
+def _install(name: str) -> str:
+    """The command that installs a package in the range that oppu-ray takes, extras included."""
+    listed = [one for one in map(Requirement, _requirements_of(PACKAGE) or []) if one.name == name]
+    return f"{_PIP} '{name}{listed[0].specifier if listed else ''}'"
+
+
+def _python_range() -> SpecifierSet:
+    try:
+        return SpecifierSet(metadata.metadata(PACKAGE)["Requires-Python"])
+    except metadata.PackageNotFoundError:  # for which `check_packages` has advice
+        return SpecifierSet()
 
 
 def _version_of(package: str) -> str | None:

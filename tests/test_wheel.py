@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,13 +39,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Oppu:
-    """`oppu ...` from the wheel in an environment of its own, in an empty folder; dependencies are this one's."""
+    """`oppu ...` from the wheel in an environment of its own, in an empty folder.
+
+    Dependencies are those of the interpreter that `WHEEL_PYTHON` names (`make test-wheel`), by default of this one.
+    """
     folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder / "venv")
-    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder / "venv")}))
+    with_dependencies = os.environ.get("WHEEL_PYTHON", sys.executable)
+    python = str(folder / "venv" / "bin" / "python")
+    subprocess.run([with_dependencies, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    theirs, own = (
+        subprocess.run([one, "-c", where], capture_output=True, text=True, check=True).stdout
+        for one in (with_dependencies, python)
+    )
     # A line in a .pth file adds the folder, but not what its own .pth files name: the checkout stays out.
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(folder / "venv" / "bin" / "python")]
+    (Path(own.strip()) / "dependencies.pth").write_text(theirs)
+    pip = [sys.executable, "-m", "pip", "--python", python]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     (folder / "empty").mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -68,6 +76,11 @@ def test_the_code_is_the_wheels(installed: Oppu) -> None:
     where = installed("-c", "import oppu_ray, serve; print(oppu_ray.__file__, serve.__file__)", program="python").stdout
     assert where.count("/venv/lib/") == 2 and str(ROOT) not in where
     assert installed("--version").stdout == f"oppu {__version__}\n"
+
+
+def test_the_newest_release_of_the_changelog_is_this_version() -> None:
+    releases = re.findall(r"^## (\S+) \(", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert releases[0] == __version__
 
 
 def test_a_tiny_line_runs_from_the_wheel(installed: Oppu, tmp_path: Path) -> None:
