@@ -20,7 +20,7 @@ import numpy as np
 from oppu_ray.adapters import peft_from_dict
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
-from oppu_ray.core import AdapterState, Example, Item, Prediction, Request, UserHistory
+from oppu_ray.core import AdapterState, Example, Item, Prediction, Prompt, Request, UserHistory
 from oppu_ray.inference import Engine
 from oppu_ray.memory import Memory
 from oppu_ray.metrics import LOWER_IS_BETTER, main_metric, score_answers, score_one
@@ -146,10 +146,18 @@ def answer_users(
     return predictions
 
 
+def query_prompt(config: Config, task: Task, query: Item) -> Prompt:
+    """Return a query as a prompt, before anything of the user's past is added to it.
+
+    It is cut as in training, unless the config asks as the released code does (`memory.same_construction`).
+    """
+    max_words = config.task.max_input_words if config.memory.same_construction else 0
+    return make_prompt(task, query, config.task.prompt_order, max_words)
+
+
 def encode_query(base: Base, task: Task, config: Config, query: Item, memory: Memory | None = None) -> tuple[int, ...]:
     """A query's prompt in tokens, built just as in training."""
-    max_words = config.task.max_input_words if config.memory.same_construction else 0
-    prompt = make_prompt(task, query, config.task.prompt_order, max_words)
+    prompt = query_prompt(config, task, query)
     if memory:
         prompt = memory.add(prompt, query.item_id)
     room = config.personal.max_length + config.memory.num_extra_tokens - config.evaluate.max_new_tokens

@@ -29,14 +29,14 @@ from oppu_ray.adapters import FittedAdapter
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import Item, Prompt, Request, TokenEvent, UserHistory
-from oppu_ray.evaluation import stop_ids
+from oppu_ray.evaluation import query_prompt, stop_ids
 from oppu_ray.inference import Engine
 from oppu_ray.kernels import return_freed_memory
 from oppu_ray.memory import Memories
 from oppu_ray.packing import Tokenize, encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.refresh import open_task_base
 from oppu_ray.registry import UserHash, Version
-from oppu_ray.tasks import get_task, make_prompt, memory_line
+from oppu_ray.tasks import get_task, memory_line
 from oppu_ray.vault import CorruptError, Vault
 from serve.messages import (
     MAX_TOP_K,
@@ -359,8 +359,7 @@ class Replica:
     def _remember(self, ask: Ask, question: Item) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
         """The question as a prompt, as in training, and the (item id, line) pairs of the user's own items in it."""
         task, config = self.task, self.config
-        max_words = config.task.max_input_words if config.memory.same_construction else 0
-        prompt = make_prompt(task, question, config.task.prompt_order, max_words)
+        prompt = query_prompt(config, task, question)
         user_hash = UserHash(ask.user_hash)
         history = self.vault.read_history(user_hash) if ask.top_k else ()
         memory = self._memories.open(UserHistory(user_hash, "target", history)) if history else None
