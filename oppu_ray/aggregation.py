@@ -3,10 +3,10 @@
 In: the round's adapter and one update per shard. Out: the next adapter, and by name which shards were left out and why.
 Nothing here knows of Ray, files or text; it is numpy over named arrays.
 
-The decision a reader would question: a mean is a sum of 64-bit integers (24 bits of them after the point), not of
-floats. Integer sums do not depend on the order of arrival, and masks added to them cancel without a trace, so a round
-has the same bits with secure aggregation as without, for 8 bytes a number on the secure wire. Weights are tokens, so
-what rounding loses of a mean is 2**-24 over the tokens of a round.
+Design: a mean is a sum of 64-bit integers (24 bits of them after the point), not of floats. Integer sums do not depend
+on the order of arrival, and masks added to them cancel without a trace, so a round has the same bits with secure
+aggregation as without, for 8 bytes a number on the secure wire. Weights are tokens, so what rounding loses of a mean is
+2**-24 over the tokens of a round.
 
 The mean of B A is not the product of the means of A and B. `ffa` never trains A, so that the mean of B is exact
 (FFA-LoRA, arXiv 2403.12313); `product` takes the mean of the products, keeps its best factors of the adapter's rank and

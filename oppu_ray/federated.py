@@ -49,11 +49,10 @@ from oppu_ray.packing import plan_shards, user_seed
 from oppu_ray.prepared import Index
 from oppu_ray.privacy import epsilon
 from oppu_ray.progress import ClusterLost, Progress
-from oppu_ray.secure import Revealed, Unrecoverable, unmask
+from oppu_ray.secure import PublicKeys, Revealed, Unrecoverable, unmask
 from oppu_ray.shard_answers import (
     Expected,
     dealt_shares,
-    keys_of,
     masked_update,
     open_update,
     public_keys,
@@ -180,7 +179,7 @@ class _Round:
     def _secure_sum(self) -> np.ndarray:
         attempt = {"attempt": secrets.token_hex(16)}
         answers = self._ask("keys", {number: (attempt, public_keys()) for number in self.asked})
-        keys = {number: keys_of(header) for number, (header, _) in answers.items()}
+        keys = {number: PublicKeys(**header) for number, (header, _) in answers.items()}
         peers = {number: [key.hex() for key in astuple(own)] for number, own in keys.items()}
         asking = {**attempt, "peers": peers, "threshold": self.min_shards}
         answers = self._ask("shares", {number: (asking, dealt_shares(keys)) for number in keys})

@@ -1,9 +1,11 @@
-"""Federated shards as Ray actors: everybody is asked, and who does not answer in time is left out.
+"""Federated shards as Ray actors: all are asked, and those that do not answer in time are left out.
 
 In: messages to shards. Out: their answers, and why any is missing. An actor hosts one or more shards (`shards.Host`)
-and reads their users' histories alone. The decision a reader would question: nothing is retried here. A round counts
-without who is missing; an actor that is lost is started again when it is next asked, and one that is late is asked
-again when it has answered what it was asked before. Only where too few would be left to ask are the late waited for.
+and reads their users' histories alone.
+
+Design: nothing is retried here. A round counts without the missing shards; a lost actor is started again when it is
+next asked, and a late one is asked again once it has answered what it was asked before. The late are waited for only
+where too few others would be left to ask.
 """
 
 from __future__ import annotations

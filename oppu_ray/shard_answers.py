@@ -23,7 +23,6 @@ from oppu_ray.secure import (
     DIGEST_BYTES,
     MESSAGE_BYTES,
     SHARE_BYTES,
-    PublicKeys,
     check_public_key,
     dealt_digests,
     share_digest,
@@ -113,11 +112,6 @@ def read_answer(content: Any, expected: Expected) -> Message:
         except ValueError as error:
             raise ValueError(f"its {name}: {error}") from None
     return parsed, arrays
-
-
-def keys_of(header: Mapping[str, bytes]) -> PublicKeys:
-    """The parsed answer to `keys`."""
-    return PublicKeys(**header)
 
 
 def _number(value: Any) -> float:

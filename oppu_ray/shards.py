@@ -2,8 +2,10 @@
 
 In: a round's adapter, as bytes. Out: an update, as bytes: in the open, masked (`secure`) or under noise (`privacy`). A
 shard trains with `train_pack`, as personal training does; heterogeneous ranks train the first directions of the adapter
-and freeze the others into the base. A reader might question that `Host` answers every error instead of raising it: a
-round goes on without a shard that cannot take part, and its reason is in the record.
+and freeze the others into the base.
+
+Design: `Host` answers every error instead of raising it: a round goes on without a shard that cannot take part, and its
+reason is in the record.
 
 Shapes: N numbers of an update; R rank, I and O inputs and outputs of a linear.
 """

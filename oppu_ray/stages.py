@@ -220,8 +220,9 @@ def _train(config: Config) -> dict[str, Any]:
 def _personal_privacy(config: Config, index: Index) -> dict[str, Any]:
     """What the versions released so far have cost the target who has paid most."""
     with closing(open_vault(config)) as vault:
-        rho = max(vault.registry.rho(vault.user_hash(size.user_id)) for size in index.sizes("target"))
-    return {"unit": "item", "epsilon": epsilon_of(rho, config.privacy.delta), "delta": config.privacy.delta}
+        rhos = [vault.registry.rho(vault.user_hash(size.user_id)) for size in index.sizes("target")]
+    cost = epsilon_of(max(rhos, default=0.0), config.privacy.delta)
+    return {"unit": "item", "epsilon": cost, "delta": config.privacy.delta}
 
 
 def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:

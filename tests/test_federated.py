@@ -464,7 +464,7 @@ def test_too_few_answers_stop_the_run_and_keep_its_rounds(prepared: Path, base: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["method=best"], "federated.method is 'best'; expected ffa or product or naive"),
+        (["method=best"], "federated.method: found 'best'; expected 'ffa', 'product' or 'naive'"),
         (["method=product", "secure=true"], "federated.method product does not go with federated.secure"),
         (["secure=true", "robust=clip"], "federated.secure does not go with federated.robust clip"),
         (["noise_multiplier=1"], "federated.noise_multiplier does not go with federated.client shard"),
@@ -472,8 +472,8 @@ def test_too_few_answers_stop_the_run_and_keep_its_rounds(prepared: Path, base: 
             ["noise_multiplier=1", "client=user", "robust=trim"],
             "federated.noise_multiplier does not go with federated.robust trim",
         ),
-        (["client_share=0"], "federated.client_share is 0.0; expected more than 0"),
-        (["trim_share=0.5"], "federated.trim_share is 0.5; expected at least 0 and below 0.5"),
+        (["client_share=0"], "federated.client_share: found '0'; expected greater than 0"),
+        (["trim_share=0.5"], "federated.trim_share: found '0.5'; expected less than 0.5"),
         (["num_shards=9"], "federated.num_shards is 9, but there are 8 base users"),
         (["ranks=[2, 3]"], "federated.ranks has 3; expected 1 to adapt.peft.rank 2"),
         (["secure=true", "min_shards=2"], "federated.min_shards is 2; expected more than half, at most all of the 4"),
