@@ -371,8 +371,8 @@ class ServeConfig:
     """How answers are served. `max_length` is prompt and answer together, in tokens.
 
     `num_slots` adapters are resident in a replica, which answers up to `max_rows` requests at a time; `max_queued` more
-    wait for it, and what comes then is refused. Up to `prefix_bytes` of read prompts are kept for their users. With
-    `max_replicas` above `min_replicas`, replicas come and go with the load.
+    wait for it, and what comes then is refused. Up to `prefix_bytes` of read prompts and `index_bytes` of retrieval
+    indexes are kept for their users. With `max_replicas` above `min_replicas`, replicas come and go with the load.
 
     A user has at most `requests_per_user` requests under way, on all routes together, and begins at most
     `requests_per_s`. A history holds at most `max_items` items and `max_history_bytes`.
@@ -390,6 +390,7 @@ class ServeConfig:
     max_length: Positive = 1024
     max_new_tokens: Positive = 256
     prefix_bytes: Count = 256 * 2**20
+    index_bytes: Count = 256 * 2**20
     max_items: Positive = 10_000
     max_history_bytes: Positive = 16 * 2**20
     requests_per_user: Positive = 8

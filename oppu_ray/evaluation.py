@@ -20,13 +20,13 @@ import numpy as np
 from oppu_ray.adapters import peft_from_dict
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
-from oppu_ray.core import AdapterState, Example, Item, Prediction, Prompt, Request, UserHistory
+from oppu_ray.core import AdapterState, Example, Item, Prediction, Request, UserHistory
 from oppu_ray.inference import Engine
-from oppu_ray.memory import Memory
+from oppu_ray.memory import Memory, query_prompt
 from oppu_ray.metrics import LOWER_IS_BETTER, main_metric, score_answers, score_one
 from oppu_ray.packing import encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.statistics import paired_gain
-from oppu_ray.tasks import Task, make_prompt, parse_answer, target_text
+from oppu_ray.tasks import Task, parse_answer, target_text
 
 HEURISTIC_ARMS = ("majority_global", "majority_user", "last_user")
 PLAIN_ARMS = {"base": "base", "task": "task", "oppu": "own", "swapped": "swapped"}
@@ -144,15 +144,6 @@ def answer_users(
         text = parse_answer(task, str(base.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)))
         predictions.append(Prediction(arm, user_id, query.item_id, options[0], text, nll[0], label))
     return predictions
-
-
-def query_prompt(config: Config, task: Task, query: Item) -> Prompt:
-    """Return a query as a prompt, before anything of the user's past is added to it.
-
-    It is cut as in training, unless the config asks as the released code does (`memory.same_construction`).
-    """
-    max_words = config.task.max_input_words if config.memory.same_construction else 0
-    return make_prompt(task, query, config.task.prompt_order, max_words)
 
 
 def encode_query(base: Base, task: Task, config: Config, query: Item, memory: Memory | None = None) -> tuple[int, ...]:

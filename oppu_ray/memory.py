@@ -21,17 +21,26 @@ from dataclasses import replace
 from oppu_ray.config import Config
 from oppu_ray.core import Item, Prompt, TrainingPair, UserHistory, check_unicode
 from oppu_ray.embedding import load_embedder
-from oppu_ray.packing import user_seed
 from oppu_ray.profiles import Profile, is_stale, profile_from_json, profile_prompt, profile_to_json, write_profile
+from oppu_ray.randomness import user_seed
 from oppu_ray.registry import Forgotten
 from oppu_ray.retrieval import Hit, Retriever, make_retriever, retrieve_past_only, update_vectors
-from oppu_ray.tasks import get_task, make_prompt, memory_line, one_line
+from oppu_ray.tasks import Task, get_task, make_prompt, memory_line, one_line
 from oppu_ray.vault import CorruptError, Vault
 
 log = logging.getLogger(__name__)
 
 VECTORS_NAME = "vectors.safetensors"
 CODE_TRAINING_WORDS = 768  # a retrieved field in training, in the released code
+
+
+def query_prompt(config: Config, task: Task, query: Item) -> Prompt:
+    """Return a query as a prompt, before anything of the user's past is added to it.
+
+    It is cut as in training, unless the config asks as the released code does (`memory.same_construction`).
+    """
+    max_words = config.task.max_input_words if config.memory.same_construction else 0
+    return make_prompt(task, query, config.task.prompt_order, max_words)
 
 
 class Memory:

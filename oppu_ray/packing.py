@@ -11,7 +11,6 @@ Shapes: T tokens of a stream, K of them predict C completion tokens.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import random
 import time
@@ -27,6 +26,7 @@ from oppu_ray.attention_groups import Segment
 from oppu_ray.config import PeftConfig, TrainConfig
 from oppu_ray.core import Example, InputError, Pack, Prompt, TrainingPair, UserSize, UserWork
 from oppu_ray.progress import Forecast
+from oppu_ray.randomness import user_seed as user_seed  # its callers need both
 from oppu_ray.tasks import prompt_parts
 
 Tokenize = Callable[[str], list[int]]
@@ -87,11 +87,6 @@ def first_tokens(tokenizer: object) -> tuple[int, ...]:
     with_special = tokenizer("a")["input_ids"]  # type: ignore[operator]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[operator]
     return tuple(with_special[: with_special.index(plain[0])])
-
-
-def user_seed(seed: int, user_id: str) -> int:
-    """A user's own seed: from the run's seed and the id, never from the position among other users."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{user_id}".encode()).digest()[:6], "big")
 
 
 def plan_user(user_id: str, seed: int, examples: Sequence[Example], config: TrainConfig) -> UserWork:

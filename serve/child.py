@@ -62,6 +62,11 @@ class Child:
                 weakref.finalize(self, self._link.end)
             return self._link.call(key, method, args)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a process: without one, nothing is held."""
+        return self._link is not None and not self._link.is_lost
+
     def end(self) -> None:
         """End the process at once, and with it all that it holds."""
         with self._lock:

@@ -28,18 +28,19 @@ import torch
 from oppu_ray.adapters import FittedAdapter
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
-from oppu_ray.core import Item, Prompt, Request, TokenEvent, UserHistory
-from oppu_ray.evaluation import query_prompt, stop_ids
+from oppu_ray.core import Item, Request, TokenEvent
+from oppu_ray.evaluation import stop_ids
 from oppu_ray.inference import Engine
 from oppu_ray.kernels import return_freed_memory
-from oppu_ray.memory import Memories
+from oppu_ray.memory import query_prompt
 from oppu_ray.packing import Tokenize, encode_prompt, first_tokens, plain_tokenizer
 from oppu_ray.refresh import open_task_base
 from oppu_ray.registry import UserHash, Version
-from oppu_ray.tasks import get_task, memory_line
+from oppu_ray.tasks import get_task
 from oppu_ray.vault import CorruptError, Vault
+from serve.child import Child, ChildLost
+from serve.fair import Busy, FairThreads
 from serve.messages import (
-    MAX_TOP_K,
     Ask,
     Delta,
     Event,
@@ -51,6 +52,7 @@ from serve.messages import (
     check_ask,
     failure_of,
 )
+from serve.recall import Recall
 
 STALL_S = 120.0
 """A step that takes longer has hung: the slowest sane one, 2,048 prompt tokens on one core, takes seconds."""
@@ -58,7 +60,11 @@ STALL_S = 120.0
 TRIM_S = 10.0
 """Memory that prompts of many lengths left in pieces is given back so often: it takes 20 ms."""
 
-NUM_LOADERS = 4
+NUM_LOADERS, LOADERS_PER_USER = 4, 2
+NUM_RETRIEVERS = 4
+RETRIEVERS_END_S = 0.5
+"""An index of a forgotten user that is not dropped so soon goes with its process."""
+
 
 PASS_TOKENS = 512
 """Prompts are read in pieces of so many: every answer under way waits for a piece, half a second of one core."""
@@ -69,6 +75,9 @@ IDLE_PASS_TOKENS = 2048
 ENGINE_FAILED = Failed(503, "engine_failed", "the engine failed; try again")
 
 T = TypeVar("T")
+Items = tuple[tuple[str, str], ...]
+"""(Item id, line of the prompt) pairs."""
+
 Sink = Callable[[TokenEvent], None]
 Measure = Callable[[str, float, Mapping[str, str]], None]
 logger = logging.getLogger(__name__)
@@ -226,21 +235,30 @@ class Replica:
         # Whether text may spell special tokens is a state of a tokenizer, and loaders are threads: so one for each way.
         self._tokenize = plain_tokenizer(copy.deepcopy(base.tokenizer))
         self._start = first_tokens(base.tokenizer)
-        memory = replace(config.memory, top_k=MAX_TOP_K)  # the best k are the first k of these
-        self._memories = Memories(replace(config, memory=memory), vault, generate=lambda prompts: ())
+        self._recall = Child(Recall, config, vault.root, vault.registry.url, num_threads=NUM_RETRIEVERS)
+        self._num_recalling: Counter[str] = Counter()
         self._num_forgotten: Counter[str] = Counter()
         self.loop = EngineLoop(engine, measure)
         one_thread = partial(torch.set_num_threads, 1)  # no team of their own: see `build_engine`
-        self._pool = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="load", initializer=one_thread)
+        self._pool = FairThreads("load", NUM_LOADERS, LOADERS_PER_USER, prepare=one_thread)
 
     def close(self) -> None:
         """End the threads; the vault stays open."""
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.close()
+        self._recall.end()
         self.loop.close()
 
     async def forget(self, user_hash: str) -> None:
         """Drop what the engine holds of a user: slots, cached prompts, requests under way."""
         self._num_forgotten[user_hash] += 1  # stops requests that have read something and not yet handed it over
+        if self._num_recalling[user_hash]:  # its history is being read, or its index built
+            self._recall.end()
+        elif self._recall.is_running:
+            try:
+                dropped = self._recall.submit("", "forget", user_hash)
+                await asyncio.wait_for(asyncio.wrap_future(dropped), RETRIEVERS_END_S)
+            except (TimeoutError, Busy):
+                self._recall.end()
         await self._call(self.loop.engine.forget, user_hash)
 
     def _call(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
@@ -285,11 +303,11 @@ class Replica:
                 raise _Refusal(409, "cancelled", "the user was forgotten")
             return await _within(deadline, self._call(self.loop.submit, request, adapter, sink))
 
-        prepared = here.run_in_executor(self._pool, self._prepare, ask)
-        request, items, chosen = await _within(deadline, prepared)
+        items = await self._find_items(ask, deadline)
+        request, chosen = await _within(deadline, self._load_for(ask, self._prepare, ask, items))
         try:
             if not await hand_over(replace(request, adapter_id=chosen.adapter_id)):
-                chosen = await _within(deadline, here.run_in_executor(self._pool, self._load, ask.user_hash))
+                chosen = await _within(deadline, self._load_for(ask, self._load, ask.user_hash))
                 await hand_over(replace(request, adapter_id=chosen.adapter_id), chosen.adapter)
             version = chosen.version.version if chosen.version else None
             load_s = time.monotonic() - began
@@ -318,17 +336,45 @@ class Replica:
         finally:
             self.loop.call(self.loop.engine.cancel, request.request_id)
 
-    def _prepare(self, ask: Ask) -> tuple[Request, tuple[tuple[str, str], ...], _Chosen]:
-        """The question in tokens, the user's own items in it, and which adapter should answer."""
+    def _load_for(self, ask: Ask, function: Callable[..., T], *args: Any) -> Awaitable[T]:
+        """Run what blocks, in one of the loaders that the user may have."""
+        return asyncio.wrap_future(self._pool.submit(ask.user_hash, function, *args))
+
+    async def _find_items(self, ask: Ask, deadline: float) -> Items:
+        """The user's own items in the question's prompt, best first."""
+        if not isinstance(ask.question, Item) or not ask.top_k:
+            return ()
+        user_hash = UserHash(ask.user_hash)
+        num_forgotten = self._num_forgotten[user_hash]
+        self._num_recalling[user_hash] += 1
+        try:
+            for is_last in (False, True):
+                found = self._recall.submit(user_hash, "find", user_hash, ask.question, ask.top_k)
+                try:
+                    return await _within(deadline, asyncio.wrap_future(found))
+                except ChildLost:
+                    if self._num_forgotten[user_hash] != num_forgotten:
+                        raise _Refusal(409, "cancelled", "the user was forgotten") from None
+                    if is_last:
+                        raise
+                    # The process went for another user's sake: the next one answers.
+            raise ChildLost
+        finally:
+            self._num_recalling[user_hash] -= 1
+            if not self._num_recalling[user_hash]:
+                del self._num_recalling[user_hash]
+
+    def _prepare(self, ask: Ask, items: Items = ()) -> tuple[Request, _Chosen]:
+        """The question in tokens, with the user's own items in it, and which adapter should answer."""
         config = self.config
-        items: tuple[tuple[str, str], ...] = ()
         labels: tuple[tuple[int, ...], ...] = ()
         num_new = ask.max_tokens or config.serve.max_new_tokens
         if isinstance(ask.question, Item):
             labels = tuple(tuple(self._tokenize(" " + label)) for label in self.task.labels)
             # A label is never cut short: it would be another one, or none.
             num_new = max(map(len, labels)) + 1 if labels else ask.max_tokens or config.evaluate.max_new_tokens
-            prompt, items = self._remember(ask, ask.question)
+            prompt = query_prompt(config, self.task, ask.question)
+            prompt = replace(prompt, memory=tuple(line for _, line in items))
             room = config.personal.max_length - config.evaluate.max_new_tokens
             room += config.memory.max_tokens if items else 0
             ids = encode_prompt(prompt, self._tokenize, min(room, config.serve.max_length - num_new), self._start)
@@ -354,19 +400,7 @@ class Replica:
             num_logprobs=ask.num_logprobs,
             user_id=ask.user_hash,
         )
-        return request, items, self._choose(ask.user_hash) if ask.use_adapter else _Chosen()
-
-    def _remember(self, ask: Ask, question: Item) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
-        """The question as a prompt, as in training, and the (item id, line) pairs of the user's own items in it."""
-        task, config = self.task, self.config
-        prompt = query_prompt(config, task, question)
-        user_hash = UserHash(ask.user_hash)
-        history = self.vault.read_history(user_hash) if ask.top_k else ()
-        memory = self._memories.open(UserHistory(user_hash, "target", history)) if history else None
-        hits = memory.search(prompt, question.item_id)[: ask.top_k] if memory else ()
-        found = [history[hit.index] for hit in hits]
-        items = tuple((item.item_id, memory_line(task, item, config.memory.max_words)) for item in found)
-        return replace(prompt, memory=tuple(line for _, line in items)), items
+        return request, self._choose(ask.user_hash) if ask.use_adapter else _Chosen()
 
     def _choose(self, user_hash: str) -> _Chosen:
         """The user's current version, or the newest good one that stands on this base, or the shared model."""
