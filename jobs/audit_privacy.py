@@ -27,6 +27,7 @@ from oppu_ray.config import Config, StudyConfig, load_config, located, to_dict
 from oppu_ray.configs import find_config
 from oppu_ray.core import AdapterState, Example, UserHistory
 from oppu_ray.files import write_atomic
+from oppu_ray.hub import pin_models
 from oppu_ray.inference import Engine
 from oppu_ray.machine import hardware
 from oppu_ray.memory import choose_items
@@ -62,7 +63,7 @@ def audit_task(config: Config) -> dict[str, float]:
     )
     adapting = replace(config, personal=config.adapt, study=StudyConfig())
     losses = []
-    for base in (open_task_base(config), open_base(config)):
+    for base in (open_task_base(config), open_base(pin_models(config))):
         sides = [[e for user in users for e in encode_user(adapting, user, base)] for users in (members, others)]
         losses.append([score(base, [None], [thinned(side)])[0] for side in sides])
     return compare(*losses)

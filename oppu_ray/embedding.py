@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from oppu_ray.files import fetch_wheel, new_folder, oppu_home
+from oppu_ray.hub import download, embedder_id, find_commit, split_revision
 
 MINILM = "embedded:minilm-l6"
 
@@ -105,7 +106,8 @@ def load_embedder(name: str = MINILM, home: Path | None = None, device: str = "c
     """The embedder called `name`, downloaded first if need be.
 
     Args:
-        name: "embedded:minilm-l6", a folder, or a model on the hub (no slash: one of sentence-transformers').
+        name: "embedded:minilm-l6", a folder, or a model on the hub, "name@revision" (no slash: one of
+            sentence-transformers').
         home: Where downloads are kept; None: `oppu_home()`.
 
     Raises:
@@ -132,13 +134,9 @@ def prepare_embedder(name: str = MINILM, home: Path | None = None) -> Path:
         raise ValueError(f"embedder {name!r}: expected {MINILM}, a folder or a model on the hub")
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        hub_name = name if "/" in name else f"sentence-transformers/{name}"
-        return Path(snapshot_download(hub_name, allow_patterns=list(MODEL_FILES)))
-    except Exception as error:  # no network, no such model, no rights: all mean that there is no embedder
-        raise ValueError(f"embedder {name!r}: no such folder, and the hub did not give it: {error}") from error
+    hub_name, revision = split_revision(name)
+    commit = find_commit("memory.embedder", embedder_id(hub_name), revision)
+    return download("memory.embedder", embedder_id(hub_name), commit, allow=MODEL_FILES)
 
 
 def fingerprint_files(folder: Path) -> str:

@@ -25,6 +25,7 @@ from typing import IO, Any
 from oppu_ray.config import DataConfig
 from oppu_ray.core import Rejected
 from oppu_ray.files import fetch_wheel, oppu_home
+from oppu_ray.hub import split_revision
 from oppu_ray.tasks import Task
 
 MAX_RECORD_BYTES = 16 * 2**20
@@ -87,7 +88,8 @@ def read_users(data: DataConfig, task: Task) -> Iterator[RawUser | Rejected]:
               targets. Time split (the same users in all files): `path` is one questions file and `outputs_path` its
               golds; no roles, so the most active users become targets.
             - oppu: `path` is the archive's folder of the task; users' roles follow from the file.
-            - hf: `hf_name` is a dataset of the hub or a local folder, "name:config" where it has configurations.
+            - hf: `hf_name` is a dataset of the hub or a local folder, "name:config" where it has configurations,
+              and "name@revision" for a revision of its own.
             - table: `path` is a .csv or .parquet file. Rows are items; `columns` maps our field names to the file's.
             - chitchat: `path` is the chitchat-dataset wheel, fetched from PyPI where empty.
         task: Says how to read LaMP's questions.
@@ -392,9 +394,10 @@ def _read_hf(data: DataConfig) -> Iterator[RawUser | Rejected]:
     """Rows are users where the data set has a column `history`, otherwise items."""
     from datasets import load_dataset  # slow to import, and only this format needs it
 
-    name, _, configuration = data.hf_name.partition(":")
+    full_name, _, configuration = data.hf_name.partition(":")
+    name, revision = split_revision(full_name)
     try:
-        rows = load_dataset(name, configuration or None, split=data.hf_split)
+        rows = load_dataset(name, configuration or None, split=data.hf_split, revision=revision or None)
     except Exception as error:  # the library has no common base class for "not found", "no such split", "no network"
         raise ValueError(f"data.hf_name: cannot load split {data.hf_split!r} of {data.hf_name!r}: {error}") from error
     if "history" in rows.column_names:

@@ -19,6 +19,7 @@ from pathlib import Path
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import InputError, UserDone, UserHistory
+from oppu_ray.hub import pin_models
 from oppu_ray.packing import plan_user, user_seed
 from oppu_ray.privacy import account, private_backward
 from oppu_ray.registry import UserHash
@@ -32,7 +33,7 @@ LEASE_S = 60.0
 
 def open_task_base(config: Config) -> Base:
     """The base that a run's personal adapters stand on. ValueError if the run has not got that far."""
-    return open_base(config, task_base_path(config))
+    return open_base(pin_models(config), task_base_path(config))
 
 
 def task_base_path(config: Config) -> Path:
@@ -59,7 +60,7 @@ def refresh_user(
         InputError: No history, or `privacy.max_epsilon` allows no more training.
         ValueError: An item that cannot be trained on, or the vault failed.
     """
-    config = replace(config, study=replace(config.study, items="all"))
+    config = replace(pin_models(config), study=replace(config.study, items="all"))
     user_hash = vault.user_hash(user)
     lease = vault.lease(user_hash, f"refresh-{secrets.token_hex(8)}", LEASE_S)
     try:

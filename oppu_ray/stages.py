@@ -27,6 +27,7 @@ from oppu_ray.federated import drop_states, format_summary, summarise_rounds, tr
 from oppu_ray.files import write_atomic
 from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
+from oppu_ray.hub import pin_data, pin_models
 from oppu_ray.machine import hardware
 from oppu_ray.packing import PackForecast, num_steps, plan_packs, plan_shards
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
@@ -40,6 +41,7 @@ from oppu_ray.workers import TASK_ADAPTER, open_base, run_units, task_work
 
 def prepare(config: Config) -> dict[str, Any]:
     """Read, check and index the histories; bad users go to `rejected.jsonl`."""
+    config = pin_data(config)
     folder = _folder(config, "prepare")
     with _result(config, "prepare") as result:
         users, rejected = load_histories(config.data, config.task, config.seed)
@@ -69,6 +71,7 @@ def adapt(config: Config) -> dict[str, Any]:
 
     So once for every kind of prompt that the arms need; the result of the plain one is returned.
     """
+    config = pin_models(config)
     index = read_index(_folder(config, "prepare"))
     base = open_base(config)
     return [_adapt(one, index, base) for one in _kinds(config, _arms(config))][0]
@@ -146,6 +149,7 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: The process got SIGTERM. What is done is kept, and the stage goes on from there when run again.
         ValueError: An earlier stage has not run.
     """
+    config = pin_models(config)
     results = [_train(one) for one in _kinds(config, _own_arms(config))]
     return {**results[0], "num_to_retry": sum(result["num_to_retry"] for result in results)}
 
@@ -238,6 +242,7 @@ def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer every target user's later items by every arm and compare; resumes where it was stopped."""
     _check_answers(config)
+    config = pin_models(config)
     arms = _arms(config)
     plans = {one.memory: (one, *_plan(one)[1:]) for one in _kinds(config, arms)}
     index = read_index(_folder(config, "prepare"))

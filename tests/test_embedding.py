@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_tools import Hub
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -134,20 +135,20 @@ def test_the_fingerprint_follows_what_makes_the_vectors(tiny_encoder: Path, enco
     assert fingerprint_files(encoder) != fingerprint
 
 
-def test_unknown_names_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_are_named(hub: Hub) -> None:
     with pytest.raises(ValueError, match="'embedded:mpnet': expected embedded:minilm-l6, a folder"):
         load_embedder("embedded:mpnet")
-    asked = []
-
-    def no_network(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        raise OSError("no route")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
-    with pytest.raises(ValueError, match="'all-mpnet-base-v2': no such folder, and the hub did not give it: no route"):
+    with pytest.raises(ValueError, match="'sentence-transformers/all-mpnet-base-v2': no such folder, and the hub does"):
         load_embedder("all-mpnet-base-v2")
-    assert asked[0][0] == "sentence-transformers/all-mpnet-base-v2"
-    assert not any("bin" in pattern for pattern in asked[0][1])
+
+
+def test_an_embedder_of_the_hub_is_one_at_its_revision(tiny_encoder: Path, tmp_path: Path, hub: Hub) -> None:
+    commit = hub.push("sentence-transformers/tiny", tiny_encoder)
+    (tmp_path / "nothing").mkdir()
+    hub.push("sentence-transformers/tiny", tmp_path / "nothing")
+    assert load_embedder(f"tiny@{commit}").fingerprint == load_embedder(str(tiny_encoder)).fingerprint
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_embedder("sentence-transformers/tiny@main")
 
 
 @pytest.fixture
