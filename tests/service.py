@@ -32,6 +32,7 @@ SERVE = {
     "num_slots": 3,
     "max_rows": 8,
     "max_length": 200,
+    "max_new_tokens": 120,
 }
 
 

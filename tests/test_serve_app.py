@@ -48,7 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of a trained run of one user."""
     folder = tmp_path_factory.mktemp("app")
     base, users = tiny_base(folder / "base"), write_users(folder / "users.jsonl", [tagging_user(0, 4)])
-    config = write_config(folder, base, users, serve={"cpus_per_replica": 0.2, "max_rows": 4, "max_length": 200})
+    serve = {"cpus_per_replica": 0.2, "max_rows": 4, "max_length": 200, "max_new_tokens": 100}
+    config = write_config(folder, base, users, serve=serve)
     for stage in ("prepare", "adapt", "train"):
         oppu(stage, config)
     return config
