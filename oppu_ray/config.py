@@ -423,12 +423,14 @@ class VaultConfig:
     """Where users are kept. `path` "" is `<run_dir>/vault`, `registry_url` "" an SQLite file in it.
 
     `encrypt` seals a new vault's files with a key per user. The config is printed: a password of PostgreSQL belongs in
-    its own `~/.pgpass`, not in the URL.
+    its own `~/.pgpass`, not in the URL. A user's refreshes leave `keep_versions` adapter versions; those that a run
+    committed, and the current one, are kept besides.
     """
 
     path: str = ""
     registry_url: str = ""
     encrypt: bool = False
+    keep_versions: Positive = 10
 
 
 @section

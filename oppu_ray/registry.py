@@ -472,6 +472,23 @@ class Registry:
             connection.execute(sa.update(_USERS).where(mine).values(generation=generation))
             return generation
 
+    def drop_old_versions(self, user_hash: str, keep: int) -> list[str]:
+        """Drop all but the newest `keep` versions of a user; returns the dropped ones.
+
+        The current version stays, and so does one that a run has committed: the run is evaluated with it.
+        """
+        mine = _VERSIONS.c.user_hash == user_hash
+        with self._write() as connection:
+            newest = sa.select(_VERSIONS.c.version).where(mine).order_by(_VERSIONS.c.number.desc()).limit(keep)
+            kept = set(connection.scalars(newest))
+            kept.update(connection.scalars(sa.select(_UNITS.c.version).where(_UNITS.c.user_hash == user_hash)))
+            kept.add(connection.scalar(sa.select(_USERS.c.current).where(_USERS.c.user_hash == user_hash)))
+            dropped = sorted(set(connection.scalars(sa.select(_VERSIONS.c.version).where(mine))) - kept)
+            if dropped:
+                connection.execute(sa.delete(_VERSIONS).where(mine, _VERSIONS.c.version.in_(dropped)))
+                self._audit(connection, "drop_versions", user_hash, {"versions": dropped})
+        return dropped
+
     def delete_user(self, user_hash: str) -> int:
         """Drop every row of a user but receipts and the audit log; returns the number of the audit line. Idempotent."""
         with self._write() as connection:

@@ -559,6 +559,16 @@ class Vault:
             self.registry.release_lease(lease)
         return removed
 
+    def drop_old_versions(self, user: str, keep: int) -> int:
+        """Remove all but a user's newest `keep` versions, as `Registry.drop_old_versions`; returns how many went."""
+        user_hash = self.user_hash(user)
+        dropped = self.registry.drop_old_versions(user_hash, keep)  # first: `gc` finds what a crash leaves
+        with disk_errors(user_hash, "remove old versions of"):
+            for version in dropped:
+                for place in ("adapters", "quarantine"):
+                    remove(self.user_folder(user_hash) / place / version)
+        return len(dropped)
+
     # ---- the folder, for archive.py and forget.py
 
     def user_folder(self, user_hash: str, top: str = "users") -> Path:

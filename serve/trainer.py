@@ -68,6 +68,11 @@ class Trainer:
         except Exception as error:  # a thread's error would vanish, and the user would wait for ever
             failed = failure_of(error, f"user {user_hash[:12]}: training")
             self._set(user_hash, "failed", error=failed.message)
+            return
+        try:
+            self.vault.drop_old_versions(user_hash, self.config.vault.keep_versions)
+        except Exception as error:  # the next training tries again
+            failure_of(error, f"user {user_hash[:12]}: old versions")
 
     def _progress(self, user_hash: str) -> Callable[[int, int], None]:
         return lambda done, of_all: self._set(user_hash, "training", num_steps_done=done, num_steps=of_all)

@@ -947,3 +947,20 @@ def test_gc_never_takes_a_user_who_comes_at_the_same_moment(plain: Vault, monkey
     monkeypatch.setattr(plain.registry, "acquire_lease", acquire_after_alice_came)
     assert plain.gc(min_age_s=-1) == []
     assert [item.item_id for item in plain.read_history("alice")] == ["1"]
+
+
+def test_old_versions_go_but_the_current_one_and_those_of_runs(tmp_path: Path) -> None:
+    vault = Vault(tmp_path / "vault")
+    made = [
+        vault.commit("ann", make_adapter(seed), make_manifest(run_id="run" if seed == 1 else "")) for seed in range(8)
+    ]
+    other = vault.commit("bob", make_adapter(1), make_manifest())
+    vault.use("ann", made[2])
+    assert vault.drop_old_versions("ann", 3) == 3
+    kept = [made[1], made[2], *made[5:]]
+    ann = vault.user_hash("ann")
+    assert [row.version for row in vault.registry.versions(ann)] == kept
+    assert sorted(path.name for path in (vault.user_folder(ann) / "adapters").iterdir()) == sorted(kept)
+    assert vault.registry.current(ann).version == made[2]  # type: ignore[union-attr]
+    assert vault.drop_old_versions("ann", 3) == 0 and vault.drop_old_versions("bob", 3) == 0
+    assert vault.load("bob", base_fingerprint=BASE)[1].version == other and vault.verify() == []
