@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,33 @@ def test_new_versions_under_load_cost_no_request(service: Service) -> None:
     assert not load.failed
     versions = [answer.json()["adapter_version"] for user, answer in load.answers if user == "user-0"]  # type: ignore[union-attr]
     assert versions == sorted(versions), "an older version answered after a newer one"
+
+
+def test_connections_that_send_slowly_or_nothing_or_do_not_read_stop_nobody_else(service: Service) -> None:
+    """1,100 bodies without a token are more than the ingress takes at a time, with its queue."""
+    token = service.client("user-0").headers["authorization"]
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    signed = f"{head}Authorization: {token}\r\n"
+    body = '{"prompt": "hi", "stream": true, "max_tokens": 90}'
+    kinds = [
+        (200, ""),
+        (200, f"{head}X-a: "),
+        (1100, f"{head}Content-Length: 1000\r\n\r\n{{"),
+        (60, f"{signed}Content-Length: 1000\r\n\r\n{{"),
+        (60, f"{signed}Content-Length: {len(body)}\r\n\r\n{body}"),
+    ]
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, 4096), most))
+    host, port = service.url.removeprefix("http://").split(":")
+    with ExitStack() as opened:
+        connections = []
+        for count, sent in kinds:
+            for _ in range(count):
+                connections.append(opened.enter_context(socket.create_connection((host, int(port)))))
+                connections[-1].sendall(sent.encode())
+        answers = [service.ask("user-1") for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200] * 5
+    until(lambda: service.ask("user-0").status_code == 200)  # whose own places are free again
 
 
 def test_a_new_deployment_under_load_costs_no_request(service: Service) -> None:
