@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from oppu_ray import workers
 from oppu_ray.agreement import same_answers
-from oppu_ray.config import BaseConfig, Config
+from oppu_ray.config import BaseConfig, Config, WorkersConfig
 from oppu_ray.kernels import fuse
 from oppu_ray.layers import fuse_layers
 
@@ -104,6 +104,8 @@ def test_a_base_is_tried_when_it_is_opened(
     sharding: str, is_tried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "fuse", lambda model: model.lm_head.weight.neg_())
-    base = BaseConfig(str(tiny_base(tmp_path)), dtype="float32", sharding=sharding)
+    settings = "" if is_tried else "cluster/deepspeed/zero3.json"
+    base = BaseConfig(str(tiny_base(tmp_path)), dtype="float32", sharding=sharding, deepspeed=settings)
+    config = replace(Config(), base=base, workers=WorkersConfig(num_workers=2))
     with pytest.raises(ValueError, match="LlamaForCausalLM") if is_tried else nullcontext():
-        workers.open_base(replace(Config(), base=base))
+        workers.open_base(config)
