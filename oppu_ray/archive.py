@@ -113,7 +113,7 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
 
     holder = f"import-{sha256(json.dumps(index).encode())[:16]}"  # after a crash, the same import may go on at once
     lease = vault.registry.acquire_lease(user_hash, holder, COMMIT_TTL_S)
-    stage = vault.root / "tmp" / f"{user_hash}-{secrets.token_hex(8)}"
+    stage = None
     try:
         if vault.registry.has_user(user_hash):
             raise ValueError(f"user {user_hash[:12]}: exists already; an import makes a new user")
@@ -121,6 +121,7 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
             if not is_alone:
                 raise Refused(f"user {user_hash[:12]}: another process writes files of the user; try again")
             vault.registry.check_lease(lease)  # the same archive may be imported twice at once
+            stage = vault.stage_path(user_hash)
             vault.make_folder(stage)
             segments = [vault.write_segment(user_hash, 1, items, stage)] if items else []
             for name, data in blobs.items():
@@ -135,12 +136,13 @@ def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | 
             folder = vault.user_folder(user_hash)
             vault.make_folder(folder.parent)
             if folder.exists():  # left by a crash: no such user is registered, and we hold the lease
+                vault.expect_newest_registry()
                 remove(folder)
             step(os.rename, stage, folder)
             sync_folder(folder.parent)
-            step(vault.registry.import_user, lease, segments, row, rho)
+            vault.list_import(lease, segments, row, rho)
     finally:
-        if stage.exists():
+        if stage and stage.exists():
             remove(stage)
         vault.registry.release_lease(lease)
     return row.version if row else None

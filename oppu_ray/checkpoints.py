@@ -22,8 +22,9 @@ from safetensors.torch import load, save
 
 from oppu_ray.core import UserDone
 from oppu_ray.files import new_folder
+from oppu_ray.registry import RegistryError
 from oppu_ray.training import PackState, UserState
-from oppu_ray.vault import Vault
+from oppu_ray.vault import DiskError, Vault
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,17 @@ class Checkpoint:
             logger.warning("%s: no checkpoint written: %s", target, error)
 
     def load(self) -> tuple[PackState, list[UserDone]] | None:
-        """The newest whole state and what was reported before it; None, with a warning, if there is none to trust."""
+        """The newest whole state and what was reported before it; None, with a warning, if there is none to trust.
+
+        What is damaged is removed; what cannot be read, or not unsealed now, stays.
+        """
         names = sorted(path for path in self._folder.glob("*") if not path.name.startswith("."))
         for folder in reversed(names):
             try:
                 return self._read(folder)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, DiskError, RegistryError) as error:
+                logger.warning("%s: cannot be read, ignored: %r", folder, error)
+            except (ValueError, KeyError, TypeError, SafetensorError) as error:
                 logger.warning("%s: not the checkpoint of this pack and run, ignored: %r", folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
         return None

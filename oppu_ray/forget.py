@@ -102,6 +102,7 @@ def forget_user(vault: Vault, user: str, folders: Sequence[Path] = ()) -> Receip
     """
     user_hash = vault.user_hash(user)
     with disk_errors(user_hash, "forget"):
+        vault.expect_reachable()
         is_spoken_of = _speaking(vault, user_hash, folders, None)  # asked of all, as it also fails before anything goes
         is_known = _has_anything(vault, user_hash) or user_hash in _forgotten(vault, user_hash)[0]
         if not (is_known or is_spoken_of):
@@ -130,6 +131,7 @@ def forget_items(vault: Vault, user: str, item_ids: Iterable[str], folders: Sequ
     hashes = {item: vault.item_hash(user_hash, item) for item in sorted(items)}
     folder = vault.user_folder(user_hash)
     with disk_errors(user_hash, "forget items of"):
+        vault.expect_reachable()
         if unknown := _unknown_items(vault, user_hash, hashes, folders):
             raise InputError(f"user {user_hash[:12]}: has no item {min(unknown)!r}")
         begun = _begun(vault, user_hash)
@@ -360,9 +362,16 @@ def _digest(vault: Vault, data: bytes) -> str:
 
 
 def _items_of(vault: Vault, row: Version) -> set[str] | None:
-    """The items a version was trained on, or None where its manifest is corrupt."""
+    """The items a version was trained on, or None where its manifest is lost or damaged.
+
+    Raises:
+        DiskError: It cannot be read now: whether the version has to go is not known.
+    """
+    folder = vault.user_folder(row.user_hash) / "adapters" / row.version
+    if not row.is_good or not os.path.lexists(folder):
+        return None
     try:
-        return set(vault.read_manifest(vault.user_folder(row.user_hash) / "adapters" / row.version, row).item_ids)
+        return set(vault.read_manifest(folder, row).item_ids)
     except CorruptError:
         return None
 

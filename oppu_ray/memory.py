@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from oppu_ray.config import Config
@@ -26,7 +26,7 @@ from oppu_ray.randomness import user_seed
 from oppu_ray.registry import Forgotten
 from oppu_ray.retrieval import Hit, Retriever, make_retriever, retrieve_past_only, update_vectors
 from oppu_ray.tasks import Task, get_task, make_prompt, memory_line, one_line
-from oppu_ray.vault import CorruptError, Vault
+from oppu_ray.vault import CorruptError, DiskError, Vault
 
 log = logging.getLogger(__name__)
 
@@ -177,11 +177,18 @@ class Memories:
         return Memory(self._config, user.items, retriever, profile.text if profile else "", first_profiled)
 
     def write_profiles(self, users: Sequence[UserHistory]) -> None:
-        """Write and keep the profiles that are missing or stale: the history lost an item since, or grew by a fifth."""
+        """Write and keep the profiles that are missing or stale: the history lost an item since, or grew by a fifth.
+
+        Raises:
+            DiskError: The only user's cannot be read or kept now. Of several users such a one is left to `open`.
+        """
         if not self._config.memory.with_profile:
             return
         generations = {user.user_id: self._generation(user.user_id) for user in users}
-        found = [(user, self._stored_profile(user)) for user in users]
+        found = []
+        for user in users:
+            with _alone(users):
+                found.append((user, self._stored_profile(user)))
         wanted = [user for user, profile in found if profile is None or is_stale(profile, user.items)]
         asked = [user for user in wanted if user.items and self._config.memory.profile != "template"]
         prompts = [profile_prompt(self._task, user.items, self._seed(user)) for user in asked]
@@ -189,7 +196,9 @@ class Memories:
         said = {user.user_id: text for user, text in zip(asked, texts, strict=True)}
         for user in wanted:
             profile = write_profile(self._task, user.items, said.get(user.user_id, ""))
-            self._keep(user, self._profile_name, profile_to_json(profile).encode(), generations[user.user_id])
+            data = profile_to_json(profile).encode()
+            with _alone(users):
+                self._keep(user, self._profile_name, data, generations[user.user_id])
 
     def _stored_profile(self, user: UserHistory) -> Profile | None:
         data = self._read(user.user_id, self._profile_name)
@@ -224,3 +233,14 @@ class Memories:
 
     def _seed(self, user: UserHistory) -> int:
         return user_seed(self._config.seed, user.user_id)
+
+
+@contextmanager
+def _alone(users: Sequence[UserHistory]) -> Iterator[None]:
+    """A DiskError of one of several users is logged: one user's unreachable file must not stop the others."""
+    try:
+        yield
+    except DiskError as error:
+        if len(users) == 1:
+            raise
+        log.warning("left out: %s", error)

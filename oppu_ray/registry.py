@@ -14,19 +14,23 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from oppu_ray.core import InputError
 
+PAGE = 10_000
+"""Rows read at once where all are walked."""
 BUSY_S = 30  # a write takes milliseconds, but a queue of workers before a slow disk may take seconds
 CONNECT_S = 5
 ROLES = ("user", "operator", "reader")
@@ -185,11 +189,27 @@ class Version:
 
 @dataclass(frozen=True)
 class User:
-    """One line of the list of users. `created_at` in Unix seconds."""
+    """One line of the list of users. `created_at` in Unix seconds; quarantined versions count."""
 
     user_hash: UserHash
     current: str | None
     created_at: float
+    num_versions: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What the registry lists of some users, to compare with their folders.
+
+    Args:
+        users: All of them.
+        unlisted: Those whose segments are not listed yet (a vault made with schema 1).
+        files: (user hash, version or name of a segment).
+    """
+
+    users: frozenset[str]
+    unlisted: frozenset[str]
+    files: frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -290,14 +310,18 @@ class Registry:
         url: SQLAlchemy URL, e.g. "sqlite:////data/vault/registry.sqlite" or "postgresql://host/name".
         chain_key: Key of the audit chain, so that who can write to the database alone cannot rewrite the log.
         clock: Unix seconds.
+        create: Make a registry where there is none; otherwise that is an error.
     """
 
-    def __init__(self, url: str, chain_key: bytes, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, url: str, chain_key: bytes, clock: Callable[[], float] = time.time, *, create: bool = True
+    ) -> None:
         self._chain_key = chain_key
         self._clock = clock
+        self.written_revision = 0  # the newest that this process has written
         self._url = sa.make_url(url)
         if self._url.get_backend_name() == "sqlite":
-            self._engine = sa.create_engine(self._url, connect_args={"timeout": BUSY_S})
+            self._engine = sa.create_engine(self._sqlite_url(create), connect_args={"timeout": BUSY_S})
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
             self._reader = self._engine.execution_options(read_only=True)
@@ -308,7 +332,7 @@ class Registry:
             self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         else:
             raise ValueError(f"registry_url {self._shown}: expected sqlite:///... or postgresql://...")
-        self._migrate()
+        self._migrate(create)
 
     def close(self) -> None:
         """Close the pooled connections."""
@@ -358,8 +382,53 @@ class Registry:
     def users(self) -> list[User]:
         """All users, oldest first."""
         with self._read() as connection:
-            rows = connection.execute(sa.select(_USERS).order_by(_USERS.c.created_at, _USERS.c.user_hash))
-            return [User(UserHash(row.user_hash), row.current, row.created_at) for row in rows]
+            rows = connection.execute(_USER.order_by(_USERS.c.created_at, _USERS.c.user_hash))
+            return [User(UserHash(row[0]), *row[1:]) for row in rows]
+
+    def users_after(self, user_hash: str = "", limit: int = PAGE) -> list[User]:
+        """The next users in the order of their hashes, after this hash: for walks over all of them."""
+        with self._read() as connection:
+            chosen = _USER.where(_USERS.c.user_hash > user_hash).order_by(_USERS.c.user_hash).limit(limit)
+            return [User(UserHash(row[0]), *row[1:]) for row in connection.execute(chosen)]
+
+    def hashes(self) -> Iterator[UserHash]:
+        """The hashes of all users, in order, read page by page."""
+        page = [UserHash("")]
+        while page:
+            chosen = sa.select(_USERS.c.user_hash).where(_USERS.c.user_hash > page[-1])
+            with self._read() as connection:
+                found = connection.scalars(chosen.order_by(_USERS.c.user_hash).limit(PAGE))
+                page = [UserHash(user_hash) for user_hash in found]
+            yield from page
+
+    def find_users(self, digits: str) -> list[UserHash]:
+        """Up to two users whose hashes begin with these hex digits."""
+        with self._read() as connection:
+            chosen = sa.select(_USERS.c.user_hash).where(_begins(_USERS, digits)).limit(2)
+            return [UserHash(found) for found in connection.scalars(chosen)]
+
+    def listed(self, digits: str) -> Listed:
+        """What is listed of the users whose hashes begin with these hex digits."""
+        with self._read() as connection:
+            chosen = sa.select(_USERS.c.user_hash, _USERS.c.history_version).where(_begins(_USERS, digits))
+            users = connection.execute(chosen).all()
+            files = set[tuple[str, str]]()
+            for table, name in ((_VERSIONS, _VERSIONS.c.version), (_SEGMENTS, _SEGMENTS.c.name)):
+                found = connection.execute(sa.select(table.c.user_hash, name).where(_begins(table, digits)))
+                files.update((row[0], row[1]) for row in found)
+        unlisted = frozenset(row.user_hash for row in users if row.history_version is None)
+        return Listed(frozenset(row.user_hash for row in users), unlisted, frozenset(files))
+
+    def has_files(self, user_hash: str | None = None) -> bool:
+        """Whether versions or segments of a user (or of anyone) are listed."""
+        with self._read() as connection:
+            for table in (_VERSIONS, _SEGMENTS):
+                chosen = sa.select(sa.literal(1)).select_from(table).limit(1)
+                if user_hash is not None:
+                    chosen = chosen.where(table.c.user_hash == user_hash)
+                if connection.scalar(chosen):
+                    return True
+        return False
 
     def current(self, user_hash: str) -> Version | None:
         """The version that answers for this user, or None. One indexed query, whatever the number of users."""
@@ -380,6 +449,12 @@ class Registry:
             chosen = chosen.where(_VERSIONS.c.user_hash == user_hash)
         with self._read() as connection:
             return [Version(**row._mapping) for row in connection.execute(chosen)]
+
+    def newest_version(self) -> Version | None:
+        """The version that was published last, of anyone."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(_VERSIONS).order_by(_VERSIONS.c.created_at.desc()).limit(1)).first()
+        return None if row is None else Version(**row._mapping)
 
     def rho(self, user_hash: str) -> float:
         """What all versions ever released have cost of a user's privacy (zero-concentrated DP); 0 if there is none."""
@@ -403,25 +478,34 @@ class Registry:
             Refused: The lease was lost, `current` is no longer `expected`, the run has committed this user, or another
                 version was released meanwhile, so that `rho` is too low.
         """
-        with self._write() as connection:
+        with self._listing() as connection:
             _check_held(connection, lease)
             self._publish(connection, version, expected, make_current, rho)
 
-    def import_user(self, lease: Lease, segments: Sequence[Segment], version: Version | None, rho: float = 0.0) -> None:
+    def import_user(
+        self,
+        lease: Lease,
+        segments: Sequence[Segment],
+        version: Version | None,
+        rho: float = 0.0,
+        key_check: str | None = None,
+    ) -> None:
         """Add a user whole, in one transaction: the list of their history, and their current version if there is one.
 
         Args:
             rho: What their versions have cost of their privacy where they come from.
+            key_check: Of the user's key, in a sealed vault.
 
         Raises:
             Refused: The lease was lost, or the user exists.
         """
         user_hash = lease.user_hash
-        with self._write() as connection:
+        with self._listing() as connection:
             _check_held(connection, lease)
             if _present(connection, _USERS.c.user_hash, {user_hash}):
                 raise Refused(f"user {user_hash[:12]}: exists already; an import makes a new user")
             self._add(connection, {user_hash})
+            connection.execute(sa.update(_USERS).where(_USERS.c.user_hash == user_hash).values(key_check=key_check))
             if segments:
                 rows = [{"user_hash": user_hash, **asdict(segment)} for segment in segments]
                 connection.execute(sa.insert(_SEGMENTS), rows)
@@ -461,7 +545,7 @@ class Registry:
         by their keyed hashes, are to be forgotten; the number of that line is returned.
         """
         mine = _VERSIONS.c.user_hash == user_hash
-        with self._write() as connection:
+        with self._listing() as connection:
             for table in (_VERSIONS, _UNITS):
                 chosen = (table.c.user_hash == user_hash, table.c.version.in_(versions))
                 connection.execute(sa.delete(table).where(*chosen))
@@ -478,7 +562,7 @@ class Registry:
         The current version stays, and so does one that a run has committed: the run is evaluated with it.
         """
         mine = _VERSIONS.c.user_hash == user_hash
-        with self._write() as connection:
+        with self._listing() as connection:
             newest = sa.select(_VERSIONS.c.version).where(mine).order_by(_VERSIONS.c.number.desc()).limit(keep)
             kept = set(connection.scalars(newest))
             kept.update(connection.scalars(sa.select(_UNITS.c.version).where(_UNITS.c.user_hash == user_hash)))
@@ -491,7 +575,7 @@ class Registry:
 
     def delete_user(self, user_hash: str) -> int:
         """Drop every row of a user but receipts and the audit log; returns the number of the audit line. Idempotent."""
-        with self._write() as connection:
+        with self._listing() as connection:
             for table in _OF_USERS:
                 connection.execute(sa.delete(table).where(table.c.user_hash == user_hash))
             return self._audit(connection, "forget", user_hash, {})
@@ -536,7 +620,7 @@ class Registry:
                 by another process; or the lease was lost.
         """
         mine = _SEGMENTS.c.user_hash == user_hash
-        with self._write() as connection:
+        with self._listing() as connection:
             if lease is not None:
                 _check_held(connection, lease)
             _check_generation(connection, user_hash, before.generation)
@@ -579,10 +663,14 @@ class Registry:
 
     # ---- facts of the vault, and who follows the audit log
 
+    def facts(self) -> dict[str, str]:
+        """All that is recorded of the whole vault."""
+        with self._read() as connection:
+            return {name: value for name, value in connection.execute(_ALL_FACTS)}
+
     def fact(self, name: str) -> str | None:
         """What is recorded of the whole vault under this name, or None."""
-        with self._read() as connection:
-            return connection.scalar(sa.select(_FACTS.c.value).where(_FACTS.c.name == name))
+        return self.facts().get(name)
 
     def join_followers(self, name: str, ttl_s: float) -> int:
         """Register a process before it caches anything of a user; returns the newest audit line, which it has obeyed.
@@ -628,18 +716,19 @@ class Registry:
             rows = connection.execute(chosen.order_by(_AUDIT.c.number)).all()
         return (rows[-1].number if rows else seen), [row.user_hash for row in rows if row.action == "forget"]
 
-    def record_fact(self, name: str, value: str) -> str:
-        """Record a fact unless one of this name is there; returns the one that holds."""
+    def record_facts(self, facts: Mapping[str, str]) -> dict[str, str]:
+        """Record facts unless some of these names are there, in one transaction; returns those that hold."""
         with self._write() as connection:
-            found = connection.scalar(sa.select(_FACTS.c.value).where(_FACTS.c.name == name))
-            if found is None:
-                connection.execute(sa.insert(_FACTS).values(name=name, value=value))
-        return value if found is None else found
+            return {name: _record_fact(connection, name, value) for name, value in facts.items()}
+
+    def revision(self) -> int:
+        """Counts the changes of what is listed: it goes back only where an older copy of the registry was restored."""
+        return int(self.fact("revision") or 0)
 
     def key_check(self, user_hash: str) -> str | None:
         """The check value of the user's key, or None if no key was registered."""
         with self._read() as connection:
-            return connection.scalar(sa.select(_USERS.c.key_check).where(_USERS.c.user_hash == user_hash))
+            return connection.scalar(_KEY_CHECK, {"wanted": user_hash})
 
     def record_key_check(self, user_hash: str, value: str) -> str:
         """Record the check value of the user's key unless there is one; returns the one that holds.
@@ -750,10 +839,13 @@ class Registry:
             connection.execute(sa.update(_TOKENS).where(*live).values(revoked_at=self._clock()))
             self._audit(connection, "revoke_token", row.user_hash, {"token_id": token_id})
 
-    def tokens(self) -> list[Token]:
-        """All tokens without their secrets, oldest first."""
+    def tokens(self, user_hash: str | None = None) -> list[Token]:
+        """All tokens (or those of one user) without their secrets, oldest first."""
+        chosen = sa.select(_TOKENS).order_by(_TOKENS.c.created_at)
+        if user_hash is not None:
+            chosen = chosen.where(_TOKENS.c.user_hash == user_hash)
         with self._read() as connection:
-            return [_token(row) for row in connection.execute(sa.select(_TOKENS).order_by(_TOKENS.c.created_at))]
+            return [_token(row) for row in connection.execute(chosen)]
 
     # ---- receipts and the audit log
 
@@ -798,16 +890,35 @@ class Registry:
 
     def verify_audit(self) -> str | None:
         """None if the chain holds, else the first break. Cut-off newest lines show only against an older copy."""
-        before = ""
-        for position, entry in enumerate(self.audit_log(), 1):
-            if entry.number != position:
-                return f"audit line {position} is missing"
-            if not hmac.compare_digest(self._chain(before, entry), entry.chain):
-                return f"audit line {position} ({entry.action}) was changed"
-            before = entry.chain
+        before, position = "", 0
+        while page := self._audit_page(position):
+            for entry in page:
+                position += 1
+                if entry.number != position:
+                    return f"audit line {position} is missing"
+                if not hmac.compare_digest(self._chain(before, entry), entry.chain):
+                    return f"audit line {position} ({entry.action}) was changed"
+                before = entry.chain
         return None
 
+    def is_chained(self) -> bool:
+        """Whether the newest line of the audit log was written with this chain key; True where there is none."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(_AUDIT).order_by(_AUDIT.c.number.desc()).limit(2)).all()
+        entries = [Entry(**row._mapping) for row in rows]
+        before = entries[1].chain if len(entries) > 1 else ""
+        return not entries or hmac.compare_digest(self._chain(before, entries[0]), entries[0].chain)
+
+    def is_empty(self) -> bool:
+        """Whether nothing was ever written here."""
+        return self.fact("vault") is None and not self._audit_page(0, 1)
+
     # ---- inside
+
+    def _audit_page(self, after: int, limit: int = PAGE) -> list[Entry]:
+        with self._read() as connection:
+            chosen = sa.select(_AUDIT).where(_AUDIT.c.number > after).order_by(_AUDIT.c.number).limit(limit)
+            return [Entry(**row._mapping) for row in connection.execute(chosen)]
 
     @property
     def url(self) -> str:
@@ -836,22 +947,60 @@ class Registry:
         except DBAPIError as error:
             raise RegistryError(f"registry {self._shown}: {error.orig}") from error
 
-    def _migrate(self) -> None:
+    @contextmanager
+    def _listing(self) -> Iterator[sa.Connection]:
+        """A write that changes what files are listed: it counts up the revision.
+
+        Where the revision is not above the newest one that this process has written, the registry was replaced by an
+        older copy meanwhile, as after a failover that lost commits. That is recorded, and gc removes nothing any more.
+        """
+        with self._write() as connection:
+            yield connection
+            named = _FACTS.c.name == "revision"
+            found = connection.scalar(sa.select(_FACTS.c.value).where(named))
+            revision = int(found or 0) + 1
+            if found is None:
+                connection.execute(sa.insert(_FACTS).values(name="revision", value=str(revision)))
+            else:
+                connection.execute(sa.update(_FACTS).where(named).values(value=str(revision)))
+            if revision <= self.written_revision:
+                _record_fact(connection, "lags_behind", str(self.written_revision))
+        self.written_revision = max(self.written_revision, revision)
+
+    def _sqlite_url(self, create: bool) -> sa.URL:
+        """A URL that opens the database file and never makes it: one made under a mount point would look like a vault.
+
+        It is made here, for SQLite would let everybody read it, and never opened otherwise: closing it drops all locks
+        that this process has on it, SQLite's too, and another process would take the log away from under them.
+        """
+        path = os.path.abspath(self._url.database or "")
+        try:
+            if create:
+                with suppress(FileExistsError):
+                    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            os.stat(path)
+        except OSError as error:
+            raise RegistryError(f"registry {self._shown}: {error.strerror}; is its disk mounted?") from error
+        return self._url.set(database=f"file:{quote(path)}", query={"mode": "rw", "uri": "true"})
+
+    def _migrate(self, create: bool) -> None:
         newest = 1 + len(MIGRATIONS)
         with self._read() as connection:
             is_new = not sa.inspect(connection).has_table("schema")
             found = None if is_new else connection.scalar(sa.select(_SCHEMA.c.version))
         if found == newest:
             return
+        if found is None and not create:
+            raise RegistryError(f"registry {self._shown}: holds no registry; expected the one of an existing vault")
+        if found is not None and found > newest:
+            raise RegistryError(f"registry {self._shown}: schema {found} is newer than this oppu_ray's {newest}")
         with self._write() as connection:
             _META.create_all(connection, tables=[_SCHEMA])
-            found = connection.scalar(sa.select(_SCHEMA.c.version))
+            found = connection.scalar(sa.select(_SCHEMA.c.version))  # asked again: another process may have migrated
             if found is None:
                 _META.create_all(connection)
                 connection.execute(sa.insert(_SCHEMA).values(version=newest))
                 return
-            if found > newest:
-                raise RegistryError(f"registry {self._shown}: schema {found} is newer than this oppu_ray's {newest}")
             for statement in (line for step in MIGRATIONS[found - 1 :] for line in step):
                 connection.exec_driver_sql(statement)
             _META.create_all(connection)
@@ -922,6 +1071,14 @@ class Registry:
         return hmac.new(self._chain_key, line.encode(), hashlib.sha256).hexdigest()
 
 
+_USER = sa.select(
+    _USERS.c.user_hash,
+    _USERS.c.current,
+    _USERS.c.created_at,
+    sa.select(sa.func.count()).where(_VERSIONS.c.user_hash == _USERS.c.user_hash).scalar_subquery(),
+)
+_KEY_CHECK = sa.select(_USERS.c.key_check).where(_USERS.c.user_hash == sa.bindparam("wanted"))
+_ALL_FACTS = sa.select(_FACTS.c.name, _FACTS.c.value)
 _CURRENT = (
     sa.select(_VERSIONS)
     .join(_USERS, sa.and_(_USERS.c.user_hash == _VERSIONS.c.user_hash, _USERS.c.current == _VERSIONS.c.version))
@@ -950,6 +1107,19 @@ def _present(
         chosen = sa.select(column).where(column.in_(ordered[start : start + 500]), *also)
         found.update(connection.scalars(chosen))
     return found
+
+
+def _begins(table: sa.Table, digits: str) -> sa.ColumnElement[bool]:
+    """Whether a row's user hash begins with these hex digits: a range, which both databases look up in the index."""
+    return table.c.user_hash.between(digits.ljust(64, "0"), digits.ljust(64, "f"))
+
+
+def _record_fact(connection: sa.Connection, name: str, value: str) -> str:
+    """See `record_fact`."""
+    found = connection.scalar(sa.select(_FACTS.c.value).where(_FACTS.c.name == name))
+    if found is None:
+        connection.execute(sa.insert(_FACTS).values(name=name, value=value))
+    return value if found is None else found
 
 
 def _generation(connection: sa.Connection, user_hash: str) -> int:

@@ -198,7 +198,6 @@ def _show(place: Place, options: argparse.Namespace) -> Shown:
 
 def _versions(place: Place, options: argparse.Namespace) -> Shown:
     from oppu_ray.privacy import epsilon_of
-    from oppu_ray.vault import CorruptError
 
     vault, user = place.vault, _known(place, options)
     current = vault.registry.current(user)
@@ -208,7 +207,7 @@ def _versions(place: Place, options: argparse.Namespace) -> Shown:
         if row.is_good:
             try:
                 manifest = vault.read_manifest(vault.user_folder(user) / "adapters" / row.version, row)
-            except CorruptError as error:
+            except ValueError as error:  # damaged, or not to be read now
                 print(f"oppu: version {row.version}: {error}", file=sys.stderr)
         is_current = current is not None and row.version == current.version
         rows.append({**asdict(row), "is_current": is_current, "manifest": asdict(manifest) if manifest else None})

@@ -5,8 +5,13 @@ to export it is to pack it (`archive.py`), to forget it is to remove it (`forget
 folder, syncs it, reads it back, renames it, and then one registry transaction moves the user's `current`. A crash at
 any point leaves the old version or the new one, and leftovers that no reader sees until `gc` sweeps them.
 
-A reader might question that PEFT files are made and parsed in memory: so the bytes that were checked are the bytes that
-are parsed, and an encrypted vault never puts plain text on the disk.
+Design: PEFT files are made and parsed in memory, so the bytes that were checked are the bytes that are parsed, and an
+encrypted vault never puts plain text on the disk.
+
+Design: unreachable is not corrupt. What is irreversible (quarantine, a new key, a new registry, removal by gc) follows
+only from bytes that were read and are wrong. The registry records which key file and which users' keys are the vault's
+own, and whether it is sealed; `users/` and `keys/` hold a mark with the vault's id. A file, folder or disk that is away
+is a `DiskError`: it changes nothing, nothing is made in its place, and it heals by itself.
 """
 
 from __future__ import annotations
@@ -25,9 +30,10 @@ import stat
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
@@ -49,6 +55,12 @@ LOCK_WAIT_S = 10.0
 """A file takes milliseconds to write: who forgets waits no longer for a process that was stopped while it wrote."""
 MERGE_ITEMS, MERGE_BYTES = 64, 64 * 1024
 """An append rewrites the newest segment if it is smaller than both, so that a history has few files."""
+TOPS = ("users", "keys")
+"""The vault's folders by user. Each may be a symlink to another disk, or a mount point."""
+MARK_NAME = "vault"
+"""A file in `users/` and `keys/` with the vault's id: an empty mount point, or another vault's disk, has none."""
+REVISION_NAME = "revision"
+"""A file in `users/` with the newest revision of the registry that has listed what is there."""
 BLOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(\.[a-z0-9]{1,12})?")
 _BAD_CATEGORIES = {"Cc": "control", "Cf": "invisible format", "Cs": "surrogate", "Zl": "line", "Zp": "paragraph"}
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -64,7 +76,7 @@ class CorruptError(ValueError):
 
 
 class DiskError(ValueError):
-    """The disk under the vault failed, or is full."""
+    """The disk under the vault failed, is full, or is away; nothing was changed, and it may heal by itself."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,11 @@ class Vault:
         root: Folder of the vault; made with mode 0700 if missing, with a new key file.
         registry_url: SQLAlchemy URL; None means SQLite inside `root`.
         encrypt: For a new vault: seal every file with a key per user. An existing vault stays as it was made.
+        create: Make a new vault where there is none; otherwise that is an error.
         clock: Unix seconds.
+
+    Raises:
+        DiskError: It cannot be reached, or what is there is not this vault's own.
     """
 
     def __init__(
@@ -126,52 +142,52 @@ class Vault:
         registry_url: str | None = None,
         *,
         encrypt: bool = False,
+        create: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.root = Path(os.path.realpath(root))
         self._clock = clock
-        try:
-            os.makedirs(self.root, mode=0o700, exist_ok=True)
-            is_new = not (self.root / "key").exists()
-            for name in ("users", "tmp", "locks", *(["keys"] if is_new and encrypt else [])):
-                self.make_folder(self.root / name)
+        self._tops = {top: self.root / top for top in TOPS}
+        if registry_url is None:
+            registry_url = f"sqlite:///{self.root / 'registry.sqlite'}"
+        with self._unreachable("cannot be opened: "):
+            is_new = not _is_there(self.root / "key")
+            if is_new and not create:
+                raise DiskError(f"vault {root}: no vault is there, it has no key file; is its disk mounted?")
             if is_new:
-                if any((self.root / "users").iterdir()) and not (self.root / "key").exists():
-                    raise ValueError(f"vault {root}: has users but no key file; restore it, without it none is found")
-                with suppress(FileExistsError):  # another process was quicker
-                    self.write_new(self.root / "key", secrets.token_bytes(32), "new")
-            self._key = self._read_bytes(self.root / "key")
+                self._create(Path(root), registry_url, encrypt)
+            # Only these are looked up through links, once: below them every link is refused.
+            self._tops = {top: Path(os.path.realpath(self.root / top)) for top in TOPS}
+            self._key = self._read_bytes(Path(os.path.realpath(self.root / "key")))
+            with suppress(FileExistsError):
+                os.mkdir(self.root / "locks", 0o700)
             if len(self._key) != 32:
                 raise ValueError(f"vault {root}: key file has {len(self._key)} bytes, expected 32")
-            if registry_url is None:
-                registry_url = f"sqlite:///{self._registry_file()}"
-        except OSError as error:
-            raise ValueError(f"vault {root}: cannot be opened: {_reason(error)}") from error
-        self.is_encrypted = (self.root / "keys").is_dir()
-        if encrypt and not self.is_encrypted:
-            raise ValueError(f"vault {root}: was made without encryption; export its users into a new vault")
-        self.registry = Registry(registry_url, self.derive_key("audit"), clock)
+            if (self.root / "registry.sqlite").is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self.root / "registry.sqlite"))
+        self.registry = Registry(registry_url, self.derive_key("audit"), clock, create=is_new)
+        with self._unreachable("cannot be opened: "):
+            self.is_encrypted = self._establish()
+            if encrypt and not self.is_encrypted:
+                raise ValueError(f"vault {root}: was made without encryption; export its users into a new vault")
+            if is_new and self.is_encrypted:
+                self._expect_own("keys")
+            self._compare_revisions()
 
     def close(self) -> None:
         """Close the registry's connections; the next use opens them again."""
         self.registry.close()
 
-    def _registry_file(self) -> Path:
-        """The database's path; made here if it is not there, for SQLite would let everybody read it.
-
-        Never opened otherwise: closing it drops all locks that this process has on it, SQLite's too, and another
-        process would take the log away from under them.
-        """
-        path = self.root / "registry.sqlite"
-        with suppress(FileExistsError):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        if path.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-        return path
+    @property
+    def vault_id(self) -> str:
+        """Names the vault: made from its key file, so that a copy has the same and no other vault has."""
+        return self.derive_key("vault").hex()[:32]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the lock of all files outside the vault that may speak of users. One holder, in whatever process."""
+        with self._unreachable():
+            os.stat(self.root / "key")  # else the lock would be made beneath the mount point
         with _open_lock(self.root / "lock") as lock:
             _flock(lock, fcntl.LOCK_EX)
             yield
@@ -240,13 +256,13 @@ class Vault:
         if os.path.lexists(key):
             remove(key)
         if os.path.lexists(folder):  # one rename, so that a crash leaves no half folder under the user's name
-            step(os.rename, folder, self.root / "tmp" / f"{user_hash}-{secrets.token_hex(8)}")
+            step(os.rename, folder, self.stage_path(user_hash))
             sync_folder(folder.parent)
         self.remove_staged(user_hash)
 
     def remove_staged(self, user_hash: str) -> None:
         """Remove what writers who were killed have left, under `only_writer`."""
-        for path in self.root.glob(f"tmp/{user_hash}-*"):
+        for path in self.staged_paths(user_hash):
             remove(path)
 
     def check_sources(self, user_hash: str, item_ids: Iterable[str]) -> None:
@@ -323,6 +339,7 @@ class Vault:
         answers instead, unless one was asked for by name. `base_fingerprint` None takes any base (for an export).
 
         Raises:
+            DiskError: It cannot be reached; it stays current.
             ValueError: No such user or version, nothing good left, or trained on another base.
         """
         user_hash = self.user_hash(user)
@@ -338,8 +355,9 @@ class Vault:
         """As `load`, for a version just looked up in the registry.
 
         Raises:
-            CorruptError: It is quarantined now.
-            ValueError: It cannot be read, or was trained on another base.
+            CorruptError: It is quarantined now, or was forgotten meanwhile.
+            DiskError: It cannot be reached; it stays as it is.
+            ValueError: It was trained on another base, or is of another format.
         """
         user_hash = row.user_hash
         if base_fingerprint is not None and row.base_fingerprint != base_fingerprint:
@@ -351,6 +369,11 @@ class Vault:
         except CorruptError as error:
             self._quarantine(row, str(error))
             raise
+        except DiskError as error:
+            now = self.registry.version(user_hash, row.version)
+            if now is not None and now.is_good:
+                raise
+            raise CorruptError(f"{error}; it was forgotten or quarantined meanwhile") from error
 
     def use(self, user: str, version: str) -> None:
         """Make an older or newer version current, after verifying it."""
@@ -505,30 +528,40 @@ class Vault:
                 generation = self.registry.generation(user_hash)
             self.registry.check_generation(user_hash, generation)
             path = self.user_folder(user_hash) / "blobs" / name
-            with self._staged(self.frame(user_hash, f"blobs/{name}", data), user_hash) as staged:
+            with self._staged(self.frame(user_hash, f"blobs/{name}", data), user_hash, "users") as staged:
                 with self.registry.fenced(user_hash, generation):
                     self.make_folder(path.parent)
                     step(os.rename, staged, path)
             sync_folder(path.parent)
 
     def get_blob(self, user: str, name: str) -> bytes | None:
-        """A stored file, or None. `CorruptError` if its checksum does not hold."""
+        """A stored file, or None. `CorruptError` if its checksum does not hold, `DiskError` if it cannot be read."""
         user_hash = self.user_hash(user)
         return self.read_framed(user_hash, f"blobs/{name}") if name in self.blob_names(user_hash) else None
 
     def blob_names(self, user_hash: str) -> list[str]:
         """Names of what `put_blob` stored."""
-        folder = self.user_folder(user_hash) / "blobs"
-        return sorted(os.listdir(folder)) if folder.is_dir() else []
+        with disk_errors(user_hash, "list the files of"):
+            return sorted(self._names(user_hash, "blobs"))
 
     # ---- care
 
     def verify(self, user: str | None = None) -> list[str]:
         """Read all of a user, or of everyone, and compare folders with registry. Says what is wrong; mends nothing."""
-        hashes = [row.user_hash for row in self.registry.users()] if user is None else [self.user_hash(user)]
-        problems = [problem for user_hash in hashes for problem in self._verify_user(user_hash)]
+        problems = []
+        for top in self._own_tops():
+            try:
+                self._is_marked(top)
+            except DiskError as error:
+                problems.append(str(error))
+        if problems:  # every user would say the same
+            return problems
+        problems += [lag] if (lag := self._lag()) else []
+        for user_hash in self.registry.hashes() if user is None else [self.user_hash(user)]:
+            problems += self._verify_user(user_hash)
         if user is None:
-            problems += [f"{path.relative_to(self.root)}: left over, run gc" for path in self._leftovers()]
+            with self._unreachable():
+                problems += [f"{self._shown(path)}: left over, run gc" for path in self._leftovers()]
             problems += [broken] if (broken := self.registry.verify_audit()) else []
         return problems
 
@@ -536,32 +569,45 @@ class Vault:
         """Sweep what crashes left: staged files, unregistered versions, folders and keys of no user.
 
         Only what is older than `min_age_s`, and whose user no job has leased. Returns the removed paths.
+
+        Raises:
+            DiskError: `users/` or `keys/` cannot be reached.
+            Refused: The registry is older than the files: what it does not list may be a user's.
         """
-        oldest = self._clock() - min_age_s
-        suspects = {}
-        for path in self._leftovers():
-            with suppress(FileNotFoundError):  # gone meanwhile: it was no leftover
-                if path.lstat().st_mtime <= oldest:
-                    suspects[path] = _HASH.search(str(path.relative_to(self.root)))
-        leases: dict[str, Lease] = {}
-        for owner in {match[0] for match in suspects.values() if match}:
-            with suppress(Refused):
-                leases[owner] = self.registry.acquire_lease(owner, f"gc-{secrets.token_hex(8)}", COMMIT_TTL_S)
+        self.expect_newest_registry()
+        self.expect_reachable()
+        oldest, removed = self._clock() - min_age_s, list[str]()
+        with self._unreachable():
+            for owner, paths in groupby(self._leftovers(), self._owner):
+                if old := [path for path in paths if _is_older(path, oldest)]:
+                    removed += self._sweep(owner, old)
+        return removed
+
+    def _sweep(self, owner: str | None, paths: Sequence[Path]) -> list[str]:
+        """Remove leftovers of one user, unless a job has leased the user; returns what was removed."""
+        lease = None
+        if owner is not None:
+            try:
+                lease = self.registry.acquire_lease(owner, f"gc-{secrets.token_hex(8)}", COMMIT_TTL_S)
+            except Refused:
+                return []
+            left = {*self.staged_paths(owner), *self._unlisted(owner)}  # asked again: under the lease it stays true
+            paths = [path for path in paths if path in left]
         removed = []
-        for path in self._leftovers():  # asked again: under the leases the answer stays true
-            if path in suspects and ((match := suspects[path]) is None or match[0] in leases):
-                with suppress(Refused):  # the removals so far may have taken longer than the lease
-                    if match:
-                        self.registry.check_lease(leases[match[0]])
-                    remove(path)
-                    removed.append(str(path.relative_to(self.root)))
-        for lease in leases.values():
+        for path in paths:
+            with suppress(Refused):  # the removals so far may have taken longer than the lease
+                if lease:
+                    self.registry.check_lease(lease)
+                remove(path)
+                removed.append(self._shown(path))
+        if lease:
             self.registry.release_lease(lease)
         return removed
 
     def drop_old_versions(self, user: str, keep: int) -> int:
         """Remove all but a user's newest `keep` versions, as `Registry.drop_old_versions`; returns how many went."""
         user_hash = self.user_hash(user)
+        self.expect_reachable()
         dropped = self.registry.drop_old_versions(user_hash, keep)  # first: `gc` finds what a crash leaves
         with disk_errors(user_hash, "remove old versions of"):
             for version in dropped:
@@ -569,19 +615,40 @@ class Vault:
                     remove(self.user_folder(user_hash) / place / version)
         return len(dropped)
 
+    def expect_reachable(self) -> None:
+        """`DiskError` if `users/` or `keys/` is away, so that what is missing there would not be gone."""
+        for top in self._own_tops():
+            self._is_marked(top)
+
+    def expect_newest_registry(self) -> None:
+        """`Refused` if the registry is older than the files: what it does not list may be a user's all the same."""
+        if lag := self._lag():
+            raise Refused(lag)
+
     # ---- the folder, for archive.py and forget.py
 
     def user_folder(self, user_hash: str, top: str = "users") -> Path:
         """Where a user's things are; `top` "keys" gives the user's key file."""
         if not _HASH.fullmatch(user_hash):
             raise InputError(f"user hash {user_hash[:12]!r}: expected 64 hex digits")
-        return self.root / top / user_hash[:2] / user_hash[2:4] / user_hash
+        return self._tops[top] / user_hash[:2] / user_hash[2:4] / user_hash
+
+    def stage_path(self, owner: str, top: str = "users") -> Path:
+        """A new name, on the disk of `top`, for what is renamed into place once it is whole; gc sweeps the rest."""
+        folder = self._tops[top] / "tmp"
+        self.make_folder(folder)
+        return folder / f"{owner}-{secrets.token_hex(8)}"
+
+    def staged_paths(self, owner: str = "") -> list[Path]:
+        """What was staged, for one user or for all, and was not renamed into place."""
+        folders = [folder / "tmp" for folder in (self.root, *self._tops.values())]
+        return sorted(path for folder in folders for path in _entries(folder) if path.name.startswith(owner))
 
     def stage_version(
         self, stage: Path, lease: Lease, number: int, adapter: AdapterState, manifest: Manifest
     ) -> Version:
         """Write version `number` into the new folder `stage`, synced and read back; the row to publish."""
-        user_hash, version = lease.user_hash, f"{number:06d}-{lease.fence}"
+        user_hash, version = lease.user_hash, f"{number:06d}-{lease.fence}-{secrets.token_hex(4)}"
         files = adapter_files.encode_adapter(adapter, f"user {user_hash[:12]}")
         manifest = replace(
             manifest,
@@ -603,7 +670,12 @@ class Vault:
         return row
 
     def read_version(self, folder: Path, row: Version) -> tuple[AdapterState, Manifest]:
-        """Read a version's folder and verify it against its registry row and its manifest, else `CorruptError`."""
+        """Read a version's folder and verify it against its registry row and its manifest, else `CorruptError`.
+
+        Raises:
+            CorruptError: What was read is wrong.
+            DiskError: It cannot be read.
+        """
         manifest = self.read_manifest(folder, row)
         files = {name: self._read_part(folder, row, name) for name in manifest.checksums}
         return decode_adapter(files, manifest), manifest
@@ -628,9 +700,18 @@ class Vault:
             self.write_new(self.user_folder(user_hash) / "history" / name, data, user_hash)
         return self._segment(user_hash, number, name, items)
 
+    def list_import(self, lease: Lease, segments: Sequence[Segment], row: Version | None, rho: float) -> None:
+        """Register a user whose folder is in place. `Refused` if the lease was lost, or the user exists."""
+        key = self._read_key(lease.user_hash) if self.is_encrypted else None
+        check = self._key_check(lease.user_hash, key) if key else None
+        step(self.registry.import_user, lease, segments, row, rho, check)
+        self._mark_revision()
+
     def read_framed(self, user_hash: str, name: str) -> bytes:
         """The content of one of the user's files, checked against the checksum on its first line."""
-        data = self.unseal(user_hash, name, self._read_bytes(self.user_folder(user_hash) / name))
+        with disk_errors(user_hash, f"read {name} of"):
+            data = self._read_bytes(self.user_folder(user_hash) / name)
+        data = self.unseal(user_hash, name, data)
         line, newline, content = data.partition(b"\n")
         if line + newline != _digest_line(user_hash, name, content):
             raise CorruptError(f"user {user_hash[:12]}: {name}: content is not that of its SHA-256 {line[:16]!r}")
@@ -649,7 +730,7 @@ class Vault:
     def write_new(self, path: Path, data: bytes, owner: str) -> None:
         """Put a file in place that must not be there yet, else FileExistsError; one of two writers wins."""
         self.make_folder(path.parent)
-        with self._staged(data, owner) as staged:
+        with self._staged(data, owner, self._top_of(path)) as staged:
             step(os.link, staged, path)
         sync_folder(path.parent)
 
@@ -657,26 +738,212 @@ class Vault:
         """What to write for `data`: itself, or AES-256-GCM under the user's key, bound to user and place."""
         if not self.is_encrypted:
             return data
-        key_path = self.user_folder(user_hash, "keys")
-        if not key_path.exists():
-            with suppress(FileExistsError):
-                self.write_new(key_path, AESGCM.generate_key(256), user_hash)
-        nonce = secrets.token_bytes(12)
-        place = f"{user_hash}/{name}".encode()
-        return _SEAL + nonce + AESGCM(self._read_bytes(key_path)).encrypt(nonce, data, place)
+        key, nonce = self._key_for_writing(user_hash), secrets.token_bytes(12)
+        return _SEAL + nonce + AESGCM(key).encrypt(nonce, data, f"{user_hash}/{name}".encode())
 
     def unseal(self, user_hash: str, name: str, data: bytes) -> bytes:
-        """The reverse of `seal`."""
+        """The reverse of `seal`.
+
+        Raises:
+            CorruptError: It is not what was sealed with the user's registered key.
+            DiskError: The key file cannot be read, or is not the registered one.
+        """
         if not self.is_encrypted:
             return data
-        body = data.removeprefix(_SEAL)
+        key = self._read_key(user_hash)
+        if key is None:
+            raise self._without_key(user_hash, "is missing")
         try:
-            cipher = AESGCM(self._read_bytes(self.user_folder(user_hash, "keys")))
-            return cipher.decrypt(body[:12], body[12:], f"{user_hash}/{name}".encode())
-        except FileNotFoundError:
-            raise CorruptError(f"user {user_hash[:12]}: {name} is sealed and the key is gone") from None
+            return _decrypt(key, f"{user_hash}/{name}", data)
         except (InvalidTag, ValueError):
+            if not self._is_registered(user_hash, key):
+                raise self._without_key(user_hash, "is not the registered one") from None
             raise CorruptError(f"user {user_hash[:12]}: {name} is not what was sealed here") from None
+
+    # ---- is it there, and is it ours
+
+    def _create(self, root: Path, registry_url: str, encrypt: bool) -> None:
+        """Make a new vault, unless something shows that there is one whose disk is away. The key file comes last."""
+        if root.is_symlink() and not root.exists():
+            raise FileNotFoundError(errno.ENOENT, "the symlink leads nowhere; is its disk mounted?", str(root))
+        key = self.root / "key"
+        if any(_entries(self.root / top) for top in TOPS) and not _is_there(key):
+            raise DiskError(f"vault {root}: has users but no key file; restore it, without it none is found")
+        os.makedirs(self.root, mode=0o700, exist_ok=True)
+        with closing(Registry(registry_url, b"")) as registry:
+            if not registry.is_empty() and not _is_there(key):  # else another process was quicker
+                raise DiskError(f"vault {root}: the registry is in use, but the key file is missing; restore it")
+        for name in ("users", "tmp", *(["keys"] if encrypt else [])):
+            with suppress(FileExistsError):
+                os.mkdir(self.root / name, 0o700)
+        staged = self.root / "tmp" / f"new-{secrets.token_hex(8)}"
+        write_file(staged, secrets.token_bytes(32))
+        with suppress(FileExistsError):  # another process was quicker
+            os.link(staged, key)
+        os.unlink(staged)
+        sync_folder(self.root)
+
+    def _establish(self) -> bool:
+        """Whether the vault is sealed: a fact of the registry. A new vault, or one of schema 1, gets it from proof.
+
+        Raises:
+            DiskError: Another vault's registry or key file is here, or nothing proves what this vault is.
+        """
+        facts = self.registry.facts()
+        if "vault" not in facts:
+            if not self.registry.is_chained():
+                raise DiskError(f"vault {self.root}: the registry was not written with this key file; which is wrong?")
+            sample = next(self._samples(), None)
+            if sample is None and self.registry.has_files():
+                raise DiskError(f"vault {self.root}: users/ has none of the registry's users; is its disk mounted?")
+            is_sealed = sample[2].startswith(_SEAL) if sample else self._tops["keys"].is_dir()
+            facts = self.registry.record_facts({"vault": self.vault_id, "is_encrypted": str(is_sealed)})
+        if (known := facts["vault"]) != self.vault_id:
+            raise DiskError(
+                f"vault {self.root}: its key file is of vault {self.vault_id[:12]}, the registry of {known[:12]}: "
+                "is another vault's disk mounted here?"
+            )
+        return facts["is_encrypted"] == "True"
+
+    def _own_tops(self) -> tuple[str, ...]:
+        return TOPS if self.is_encrypted else TOPS[:1]
+
+    def _is_marked(self, top: str) -> bool:
+        """Whether `users/` or `keys/` has the vault's mark; a new vault's gets it when the first file is written.
+
+        Raises:
+            DiskError: An empty mount point, or another vault's folder, is in its place.
+        """
+        path = self._tops[top] / MARK_NAME
+        with self._unreachable():
+            try:
+                found = self._read_bytes(path).decode(errors="replace").strip()
+            except FileNotFoundError:
+                found = ""
+            if found == self.vault_id:
+                return True
+            if found:
+                raise DiskError(f"{path}: is of vault {found[:32]!r}, expected {self.vault_id}; which disk is mounted?")
+            if self.registry.fact(top) or not self._is_proven(top):
+                wanted = f"if this is the right folder, write {self.vault_id} to that file"
+                raise DiskError(f"{path}: no such file; is its disk mounted? {wanted}")
+        return False
+
+    def _is_proven(self, top: str) -> bool:
+        """Whether a folder without a mark is the vault's: it holds what it should, or nothing was ever written."""
+        samples = list(islice(self._samples(), 1 if top == "users" else 20))
+        if top == "users" or not samples:
+            return bool(samples) or not self.registry.has_files()
+        return any(self._opens(user_hash, self._read_key(user_hash), name, data) for user_hash, name, data in samples)
+
+    def _expect_own(self, top: str) -> None:
+        """As `_is_marked`, and put the mark there if it is not yet."""
+        if not self._is_marked(top):
+            folder = self._tops[top]
+            with suppress(FileExistsError):
+                os.mkdir(folder / "tmp", 0o700)
+            staged = folder / "tmp" / f"new-{secrets.token_hex(8)}"
+            write_file(staged, self.vault_id.encode())
+            os.rename(staged, folder / MARK_NAME)
+            sync_folder(folder)
+            self.registry.record_facts({top: "marked"})
+
+    def _samples(self) -> Iterator[tuple[str, str, bytes]]:
+        """(user hash, name, bytes) of one file of each registered user who has any."""
+        for folder in self._folders("users", ""):
+            if self.registry.has_user(folder.name):
+                for name, path in islice(_files(folder), 1):
+                    yield folder.name, name, self._read_bytes(path)
+
+    def _names(self, user_hash: str, part: str) -> list[str]:
+        """What is in a part of the user's folder; nothing where there is no such part."""
+        folder = self.user_folder(user_hash)
+        try:
+            return os.listdir(folder / part)
+        except FileNotFoundError:
+            if not _is_there(folder) and self.registry.has_files(user_hash):
+                raise
+            return []
+
+    def _read_key(self, user_hash: str) -> bytes | None:
+        with disk_errors(user_hash, "read the key of"):
+            try:
+                return self._read_bytes(self.user_folder(user_hash, "keys"))
+            except FileNotFoundError:
+                return None
+
+    def _without_key(self, user_hash: str, what: str) -> DiskError:
+        path = self.user_folder(user_hash, "keys")
+        return DiskError(f"user {user_hash[:12]}: the key file {path} {what}; mount its disk or restore it")
+
+    def _key_for_writing(self, user_hash: str) -> bytes:
+        """The user's registered key. A new one only for a user for whom none was registered and nothing written."""
+        key = self._read_key(user_hash)
+        if key is None:
+            has_files = self.registry.has_files(user_hash) or any(_files(self.user_folder(user_hash)))
+            if has_files or self.registry.key_check(user_hash) is not None:
+                raise self._without_key(user_hash, "is missing")
+            with suppress(FileExistsError):
+                self.write_new(self.user_folder(user_hash, "keys"), AESGCM.generate_key(256), user_hash)
+            key = self._read_key(user_hash)
+        if key is None or not self._is_registered(user_hash, key):
+            raise self._without_key(user_hash, "is not the registered one")
+        return key
+
+    def _is_registered(self, user_hash: str, key: bytes) -> bool:
+        """Whether a key is the user's registered one. Where none is registered, one that is proven gets registered."""
+        check = self._key_check(user_hash, key)
+        known = self.registry.key_check(user_hash)
+        if known is None:
+            files = [(name, path) for name, path in _files(self.user_folder(user_hash))]
+            is_proven = any(self._opens(user_hash, key, name, self._read_bytes(path)) for name, path in files)
+            if not is_proven and (files or self.registry.has_files(user_hash)):
+                return False
+            try:
+                known = step(self.registry.record_key_check, user_hash, check)
+            except Refused:  # the user is not registered yet: an import seals first
+                return True
+        return hmac.compare_digest(known, check)
+
+    def _key_check(self, user_hash: str, key: bytes) -> str:
+        return hmac.new(self.derive_key("key check"), user_hash.encode() + key, hashlib.sha256).hexdigest()
+
+    def _opens(self, user_hash: str, key: bytes | None, name: str, data: bytes) -> bool:
+        try:
+            return key is not None and bool(_decrypt(key, f"{user_hash}/{name}", data))
+        except (InvalidTag, ValueError):
+            return False
+
+    def _seen_revision(self) -> int:
+        """The newest revision of the registry that the files have seen; 0 if that is not known."""
+        try:
+            return int(self._read_bytes(self._tops["users"] / REVISION_NAME))
+        except (OSError, ValueError):
+            return 0
+
+    def _mark_revision(self) -> None:
+        """Tell the files which revision lists them, so that an older copy of the registry is noticed."""
+        with suppress(OSError):  # it only makes gc more careful
+            if self.registry.written_revision > self._seen_revision():
+                path = self._tops["users"] / REVISION_NAME
+                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+                    file.write(b"%020d\n" % self.registry.written_revision)
+
+    def _compare_revisions(self) -> None:
+        seen = self._seen_revision()  # before the registry is asked: it may go on meanwhile
+        if seen > self.registry.revision():
+            self.registry.record_facts({"lags_behind": str(seen)})
+
+    def _lag(self) -> str:
+        """Why the registry is no proof of what is left over, or ""."""
+        self._compare_revisions()
+        if (seen := self.registry.fact("lags_behind")) is None:
+            return ""
+        return (
+            f"vault {self.root}: the registry is older than the files, which have seen its revision {seen}: was a copy "
+            "restored? What it does not list may be a user's, so gc removes nothing; restore the newest registry, or "
+            "export the users into a new vault"
+        )
 
     # ---- inside
 
@@ -688,7 +955,7 @@ class Vault:
         """The items of a segment of `history`. `HistoryChanged` if an append has merged it meanwhile."""
         try:
             data = self.read_framed(user_hash, f"history/{segment.name}")
-        except FileNotFoundError:
+        except DiskError:
             if self.registry.history(user_hash).version != history.version:
                 raise HistoryChanged(f"user {user_hash[:12]}: the history was changed meanwhile; try again") from None
             raise
@@ -714,12 +981,13 @@ class Vault:
         finally:
             for name in gone:
                 remove(folder / name)
+        self._mark_revision()
         return after
 
     def _numbered_segments(self, user_hash: str) -> list[str]:
         """File names of a history made with schema 1."""
-        folder = self.user_folder(user_hash) / "history"
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        self._is_marked("users")  # an empty mount point would look like an empty history
+        names = sorted(self._names(user_hash, "history"))
         if names != [f"{number:06d}.jsonl" for number in range(1, len(names) + 1)]:
             raise CorruptError(f"user {user_hash[:12]}: history has segments {names}, expected 000001.jsonl and on")
         return names
@@ -728,16 +996,15 @@ class Vault:
         user_hash = lease.user_hash
         self.registry.check_lease(lease)  # `publish` has the last word; here nothing of a forgotten user is written yet
         self.check_sources(user_hash, manifest.item_ids)
+        self.registry.add_users([user_hash], lease)  # before there is a key of theirs
         current = self.registry.current(user_hash)
         parent = current.version if current else None
         number = 1 + max((row.number for row in self.registry.versions(user_hash)), default=0)
-        stage = self.root / "tmp" / f"{user_hash}-{secrets.token_hex(8)}"
+        stage = self.stage_path(user_hash)
         try:
             row = self.stage_version(stage, lease, number, adapter, replace(manifest, parent=parent))
             folder = self.user_folder(user_hash) / "adapters" / row.version
             self.make_folder(folder.parent)
-            if folder.exists():  # left by a failed try under this lease: the name holds our fence
-                remove(folder)
             step(os.rename, stage, folder)
         except BaseException:
             if stage.exists():
@@ -750,13 +1017,12 @@ class Vault:
         except Refused:  # after any other failure the row may be there: then only gc may judge
             remove(folder)
             raise
+        self._mark_revision()
         return row.version
 
     def _read_part(self, folder: Path, row: Version, name: str) -> bytes:
-        try:
+        with disk_errors(row.user_hash, f"read version {row.version} of"):
             data = self._read_bytes(folder / name)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CorruptError(f"{name} is missing") from None
         return self.unseal(row.user_hash, f"adapters/{row.version}/{name}", data)
 
     def _find(self, user_hash: str, version: str | None) -> Version:
@@ -777,8 +1043,8 @@ class Vault:
         try:
             self.make_folder(folder / "quarantine")
             step(os.rename, folder / "adapters" / row.version, folder / "quarantine" / row.version)
-        except OSError as error:
-            logger.error("user %s: %s stays where it is: %s", row.user_hash[:12], row.version, _reason(error))
+        except (OSError, DiskError) as error:
+            logger.error("user %s: %s stays where it is: %s", row.user_hash[:12], row.version, error)
 
     def _verify_user(self, user_hash: str) -> Iterator[str]:
         folder = self.user_folder(user_hash)
@@ -795,18 +1061,52 @@ class Vault:
             except (ValueError, OSError) as error:
                 yield f"user {user_hash[:12]}: {name}: {error}"
 
-    def _leftovers(self) -> list[Path]:
-        """Paths in the vault that the registry does not know."""
-        found = list((self.root / "tmp").iterdir())
-        users = {row.user_hash for row in self.registry.users()}
-        versions = {(row.user_hash, row.version) for row in self.registry.versions()}
-        for folder in self.root.glob("users/*/*/*"):
-            mine = folder.glob("adapters/*") if folder.name in users else [folder]
-            found += [path for path in mine if (folder.name, path.name) not in versions]
-            if folder.name in users:
-                found += self.unlisted_segments(folder)
-        found += [path for path in self.root.glob("keys/*/*/*") if path.name not in users]
-        return sorted(found)
+    def _leftovers(self) -> Iterator[Path]:
+        """Paths in the vault that the registry does not list, of one user after another."""
+        yield from self.staged_paths()
+        for first in range(256):
+            yield from self._unlisted(f"{first:02x}")
+
+    def _unlisted(self, digits: str) -> list[Path]:
+        """Folders, keys, versions and segments of users whose hashes begin so that the registry does not list."""
+        folders = {top: list(self._folders(top, digits)) for top in TOPS}
+        parts = [
+            (folder.name, part, path)
+            for folder in folders["users"]
+            for part in ("adapters", "history")
+            for path in _entries(folder / part)
+        ]
+        listed = self.registry.listed(digits)  # read after the folders: what is published meanwhile is listed
+        found = [path for top in TOPS for path in folders[top] if path.name not in listed.users]
+        for user_hash, part, path in parts:
+            is_schema_1 = part == "history" and user_hash in listed.unlisted
+            if user_hash in listed.users and (user_hash, path.name) not in listed.files and not is_schema_1:
+                found.append(path)
+        return sorted(found, key=lambda path: self._owner(path) or "")  # a user's folder before the key to it
+
+    def _folders(self, top: str, digits: str) -> Iterator[Path]:
+        """What stands in `users/` or `keys/` for users whose hashes begin with these digits (none, two, or all)."""
+        if len(digits) == 64:
+            yield from (path for path in [self.user_folder(digits, top)] if _is_there(path))
+            return
+        for first in _entries(self._tops[top]):
+            if len(first.name) == 2 and first.name.startswith(digits):
+                for second in _entries(first):
+                    yield from _entries(second)
+
+    def _owner(self, path: Path) -> str | None:
+        """The hash of the user whom a path of the vault belongs to, if it names one."""
+        found = _HASH.search(self._shown(path))
+        return found[0] if found else None
+
+    def _shown(self, path: Path) -> str:
+        """A path as seen from the vault's folder."""
+        top = self._top_of(path)
+        return str(top / path.relative_to(self._tops[top]) if top else path.relative_to(self.root))
+
+    def _top_of(self, path: Path) -> str:
+        """Which of `users/` and `keys/` a path lies in; "" for what lies beside them."""
+        return next((top for top in TOPS if path.is_relative_to(self._tops[top])), "")
 
     def unlisted_segments(self, folder: Path) -> list[Path]:
         """Files in a user's history folder that the registry does not list."""
@@ -820,27 +1120,36 @@ class Vault:
         return [path for path in folder.glob("history/*") if path.name not in listed]
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder of the vault with mode 0700, and those above it; a symlink among them is refused."""
-        below = folder.relative_to(self.root).parts
-        for depth in range(1, len(below) + 1):
-            path = self.root.joinpath(*below[:depth])
+        """Make a folder in `users/` or `keys/` with mode 0700, and those above it; a symlink among them is refused.
+
+        Raises:
+            DiskError: `users/` or `keys/` itself is away: nothing is made beneath an empty mount point.
+        """
+        top = self._top_of(folder)
+        if not top:
+            raise ValueError(f"{folder}: expected a folder in {' or '.join(map(str, self._tops.values()))}")
+        self._expect_own(top)
+        path = self._tops[top]
+        for name in folder.relative_to(path).parts:
+            path = path / name
             try:
                 step(os.mkdir, path, 0o700)
             except FileExistsError:
                 if not stat.S_ISDIR(path.lstat().st_mode):
-                    raise CorruptError(f"{path}: expected a folder; a link or file was put there") from None
+                    raise DiskError(f"{path}: expected a folder; a link or file was put there") from None
             else:
                 sync_folder(path.parent)
 
     def _read_bytes(self, path: Path) -> bytes:
+        """The bytes of a file of the vault, OSError if it cannot be reached, or only through a symlink."""
         if os.path.realpath(path.parent) != str(path.parent) or path.is_symlink():
-            raise CorruptError(f"{path.relative_to(self.root)}: there is a symlink in the path")
+            raise OSError(errno.ELOOP, "there is a symlink in the path", str(path))
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             return file.read()
 
     @contextmanager
-    def _staged(self, data: bytes, owner: str) -> Iterator[Path]:
-        path = self.root / "tmp" / f"{owner}-{secrets.token_hex(8)}"
+    def _staged(self, data: bytes, owner: str, top: str) -> Iterator[Path]:
+        path = self.stage_path(owner, top)
         try:
             write_file(path, data)
             yield path
@@ -848,11 +1157,59 @@ class Vault:
             if path.exists():
                 step(os.unlink, path)
 
+    @contextmanager
+    def _unreachable(self, what: str = "") -> Iterator[None]:
+        """OSError -> DiskError that says of which vault."""
+        try:
+            yield
+        except OSError as error:
+            raise DiskError(f"vault {self.root}: {what}{_reason(error)}") from error
+
 
 def open_vault(config: Config) -> Vault:
     """The vault of a run; made if it is not there yet."""
     root = Path(config.vault.path or Path(config.run_dir) / "vault").expanduser()
     return Vault(root, config.vault.registry_url or None, encrypt=config.vault.encrypt)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something is at a path; OSError where that cannot be told."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is_older(path: Path, oldest: float) -> bool:
+    try:
+        return path.lstat().st_mtime <= oldest
+    except FileNotFoundError:  # gone meanwhile: it was no leftover
+        return False
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, in order; nothing if there is no such folder, or a link in its place."""
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return []
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except FileNotFoundError:
+        return []
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name in the folder, path) of all files in a user's folder, in order."""
+    for path in _entries(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from ((f"{path.name}/{name}", file) for name, file in _files(path))
+        else:
+            yield path.name, path
+
+
+def _decrypt(key: bytes, place: str, data: bytes) -> bytes:
+    body = data.removeprefix(_SEAL)
+    return AESGCM(key).decrypt(body[:12], body[12:], place.encode())
 
 
 def step(operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -932,11 +1289,18 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(text: bytes) -> Manifest:
-    """JSON -> Manifest, `CorruptError` if it is not one, or of another format."""
+    """JSON -> Manifest.
+
+    Raises:
+        CorruptError: It is not one.
+        ValueError: It is of another format, as after a downgrade: it may be whole all the same.
+    """
     try:
         fields = json.loads(text)
-        if fields["format_version"] != FORMAT:
-            raise CorruptError(f"manifest: format {fields['format_version']!r}, expected {FORMAT}")
+        if type(found := fields["format_version"]) is int and found != FORMAT:
+            raise ValueError(f"manifest: format {found}, expected {FORMAT}: written by another version of oppu_ray")
+        if found != FORMAT:
+            raise CorruptError(f"manifest: format {found!r}, expected {FORMAT}")
         fields["item_ids"] = tuple(fields["item_ids"])
         fields["checksums"] = dict(fields["checksums"].items())
         fields["shapes"] = {name: tuple(shape) for name, shape in fields["shapes"].items()}

@@ -44,7 +44,7 @@ from oppu_ray.secure import derive
 from oppu_ray.tasks import get_task
 from oppu_ray.telemetry import Telemetry
 from oppu_ray.training import ALONE, PackState, Ranks, attached, train_steps
-from oppu_ray.vault import Manifest, open_vault
+from oppu_ray.vault import DiskError, Manifest, open_vault
 
 TASK_ADAPTER = "task adapter"
 LEASE_TTL_S = 120.0
@@ -308,11 +308,11 @@ class Worker:
         return settled(result, version)
 
     def _failure(self, user_id: str, error: ValueError, is_retryable: bool = False) -> UserDone:
-        """What is told of a user after `error`; that the registry fails is nobody's fault."""
+        """What is told of a user after `error`; a registry or a disk that fails is nobody's fault, and may heal."""
         is_registry = isinstance(error, RegistryError)
         if is_registry and self.ranks is not ALONE:
             raise error  # a rank that hangs may hold the lock: only a new start of the group ends it
-        return failed(user_id, str(error), is_retryable or is_registry)
+        return failed(user_id, str(error), is_retryable or is_registry or isinstance(error, DiskError))
 
     def _commit(self, user_id: str, adapter: AdapterState, manifest: Manifest, leases: dict[str, Lease]) -> str:
         is_served = not self.config.memory.name

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from vault_tools import BASE, make_adapter, make_items, make_manifest, segment_files
 
 from oppu_ray import registry as registry_module
-from oppu_ray.vault import CorruptError, Vault
+from oppu_ray.vault import DiskError, Vault
 
 ROOT = Path(__file__).resolve().parents[1]
 Web = tuple[FakeBackend, Callable[[str | None], TestClient]]
@@ -161,19 +161,21 @@ def test_adapters_and_histories_swapped_on_the_disk_are_not_served(tmp_path: Pat
         version = vault.commit(user, make_adapter(number), make_manifest())
         vault.append_history(user, make_items(user))
         folders[user] = vault.user_folder(vault.user_hash(user)), version
-    (hers, mine), (his, _) = folders["ann"], folders["bob"]
+    (hers, mine), (his, version) = folders["ann"], folders["bob"]
     for part in ("adapters", "history"):
         os.rename(hers / part, tmp_path / part)
         shutil.copytree(his / part, hers / part)
-    with pytest.raises(ValueError, match="no good adapter"):
+    with pytest.raises(DiskError, match=f"could not read version {mine}"):  # the registry lists another version
         vault.load("ann", base_fingerprint=BASE)
     with pytest.raises(ValueError, match="history"):  # the registry lists another file
         vault.read_history("ann")
     assert vault.load("bob", base_fingerprint=BASE)[1].user_hash == vault.user_hash("bob")
     os.symlink(segment_files(vault, "bob")[0], segment_files(vault, "ann")[0])
-    with pytest.raises(CorruptError, match="symlink"):
+    with pytest.raises(DiskError, match="symlink"):
         vault.read_history("ann")
-    assert mine
+    os.rename(hers / "adapters" / version, hers / "adapters" / mine)  # his files under the name of hers
+    with pytest.raises(ValueError, match="no good adapter"):
+        vault.load("ann", base_fingerprint=BASE)
 
 
 # ---- canaries
