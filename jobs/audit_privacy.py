@@ -74,7 +74,7 @@ def audit_personal(config: Config) -> dict[str, float]:
     folder = Path(config.run_dir) / "prepare"
     index = read_index(folder)
     trained = json.loads((folder.parent / "train" / "result.json").read_text())
-    base, run_id, vault = open_task_base(config), trained["fingerprints"]["run"], open_vault(config)
+    base, run_id, vault = open_task_base(config), trained["fingerprints"]["run"], open_vault(config, create=False)
     user_ids = sorted(vault.done(run_id, [size.user_id for size in index.sizes("target")]))
     losses: list[list[list[float]]] = [[[], []], [[], []]]
     for user in read_users(folder, index, user_ids[: config.evaluate.max_users or None]):

@@ -84,7 +84,7 @@ def ask_users(config: Config, ttl_s: float) -> list[Asked]:
     """Everybody with an adapter and something to ask in their history."""
     task = get_task(config.task)
     users = []
-    with closing(open_vault(config)) as vault:
+    with closing(open_vault(config, create=False)) as vault:
         for user in vault.registry.users():
             items = vault.read_history(user.user_hash)[-20:]
             questions = [

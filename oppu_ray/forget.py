@@ -228,7 +228,11 @@ def verify_receipt(
     Args:
         folders: Scanned beside the vault (runs, caches, logs).
         canaries: Texts that must be nowhere, such as the user id or lines of the forgotten history.
+
+    Raises:
+        DiskError: A part of the vault is away: nothing would be proven.
     """
+    vault.expect_reachable()
     problems = [] if _is_signed(vault, receipt) else ["the signature is not this vault's, or the receipt was changed"]
     user_hash = receipt.user_hash
     hashes = set(receipt.items)
@@ -248,10 +252,10 @@ def verify_receipt(
     else:
         if num_rows := vault.registry.num_rows(user_hash):
             problems.append(f"the registry has {num_rows} rows of the user")
-        named = [path for path in vault.root.rglob("*") if user_hash in path.name]
+        named = [path for path in vault.all_paths() if user_hash in path.name]
         problems += [f"{path}: is named by the user's hash" for path in named]
     vault.close()  # see `Vault._registry_file`: the scan opens every file
-    paths = [*vault.root.rglob("*"), *(path for top in folders for path in _outside(vault, top))]
+    paths = [*vault.all_paths(), *(path for top in folders for path in _outside(vault, top))]
     problems += [f"{path}: holds a forgotten text" for path in _files_with(paths, needles_of(canaries))]
     return list(dict.fromkeys(problems))  # one folder may lie in another
 
@@ -264,7 +268,7 @@ def needles_of(texts: Iterable[str]) -> set[bytes]:
 
 def _has_anything(vault: Vault, user_hash: str) -> bool:
     """Whether the vault has a row or a file of the user."""
-    paths = vault.user_folder(user_hash), vault.user_folder(user_hash, "keys"), *vault.root.glob(f"tmp/{user_hash}-*")
+    paths = vault.user_folder(user_hash), vault.user_folder(user_hash, "keys"), *vault.staged_paths(user_hash)
     return vault.registry.num_rows(user_hash) > 0 or any(map(os.path.lexists, paths))
 
 

@@ -402,9 +402,9 @@ class Registry:
             yield from page
 
     def find_users(self, digits: str) -> list[UserHash]:
-        """Up to two users whose hashes begin with these hex digits."""
+        """The users whose hashes begin with these hex digits."""
         with self._read() as connection:
-            chosen = sa.select(_USERS.c.user_hash).where(_begins(_USERS, digits)).limit(2)
+            chosen = sa.select(_USERS.c.user_hash).where(_begins(_USERS, digits))
             return [UserHash(found) for found in connection.scalars(chosen)]
 
     def listed(self, digits: str) -> Listed:

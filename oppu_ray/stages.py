@@ -161,7 +161,7 @@ def _train(config: Config) -> dict[str, Any]:
     failed, num_trained, num_split, num_to_retry, num_tokens = {}, 0, 0, 0, 0
     with _result(config, "train") as result:
         result["fingerprints"] |= {"run": run_id} if is_private else {"histories": index.fingerprint, "run": run_id}
-        open_vault(config).close()
+        open_vault(config, create=False).close()
         label = f"personal adapters {config.memory.name}".rstrip()
         sizes = index.sizes("target")
         if is_private:  # a share of all words would tell how long the texts are
@@ -231,7 +231,7 @@ def _personal_privacy(config: Config, index: Index) -> dict[str, Any]:
 
 def _adapter_bytes(config: Config, run_id: str, index: Index) -> float:
     """Mean size of this run's adapters on disk."""
-    with closing(open_vault(config)) as vault:
+    with closing(open_vault(config, create=False)) as vault:
         hashes = [vault.user_hash(size.user_id) for size in index.sizes("target")]
         found = [(user, version) for user in hashes if (version := vault.registry.unit_version(run_id, user))]
         paths = [vault.user_folder(user) / "adapters" / version / TENSORS_NAME for user, version in found]
@@ -287,7 +287,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 def _trained_users(config: Config, index: Index) -> list[str]:
     """The targets who have an adapter for every arm that answers by their own: all arms answer the same queries."""
     user_ids = sorted(size.user_id for size in index.sizes("target"))
-    vault = open_vault(config)
+    vault = open_vault(config, create=False)
     for one in _kinds(config, _own_arms(config)):
         run_id = _plan(one)[2]
         trained = vault.done(run_id, user_ids)

@@ -114,7 +114,7 @@ def add_parsers(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Run one parsed command. Returns 0, or 1 when something was found wrong; ValueError for bad input."""
-    place = open_place(options.vault or os.environ.get("OPPU_VAULT", ""), options.run in (_add, _import))
+    place = open_place(options.vault or os.environ.get("OPPU_VAULT", ""), options.run is _import)
     with closing(place.vault):
         try:
             shown: Shown = options.run(place, options)
@@ -144,7 +144,7 @@ def open_place(where: str, may_create: bool = False) -> Place:
         is_free = config or not path.exists() or (path.is_dir() and not any(path.iterdir()))
         if not (may_create and is_free):
             raise ValueError(f"{where}: no vault in {root}; expected a run's folder, its YAML, or a vault's folder")
-    return Place(open_vault(config) if config else Vault(root), config)
+    return Place(open_vault(config, may_create) if config else Vault(root, create=may_create), config)
 
 
 def _config_of_run(folder: Path) -> Config | None:
@@ -161,15 +161,12 @@ def _config_of_run(folder: Path) -> Config | None:
 
 def _list(place: Place, _options: argparse.Namespace) -> Shown:
     ids = _ids(place)
-    num_versions: dict[str, int] = {}
-    for version in place.vault.registry.versions():
-        num_versions[version.user_hash] = num_versions.get(version.user_hash, 0) + 1
     rows = [
         {
             "user": ids.get(user.user_hash),
             "hash": user.user_hash,
             "current": user.current,
-            "num_versions": num_versions.get(user.user_hash, 0),
+            "num_versions": user.num_versions,
             "created": _time(user.created_at),
         }
         for user in place.vault.registry.users()
@@ -190,7 +187,7 @@ def _show(place: Place, options: argparse.Namespace) -> Shown:
         "quarantined": [row.version for row in versions if not row.is_good],
         "num_items": len(vault.read_history(user)),
         "files": vault.blob_names(user),
-        "num_tokens": sum(token.user_hash == user and token.revoked_at is None for token in vault.registry.tokens()),
+        "num_tokens": sum(token.revoked_at is None for token in vault.registry.tokens(user)),
         "receipts": [json.loads(body)["receipt_id"] for body in vault.registry.receipts(user)],
     }
     return Shown(fields, "\n".join(f"{name:13} {_cell(value)}" for name, value in fields.items()))
@@ -431,7 +428,7 @@ def _by_hash(place: Place, digits: str) -> Any:
 
     if len(digits) == 64:  # of whoever was here, as after a crash in the middle of forgetting them
         return UserHash(digits)
-    found = [user.user_hash for user in place.vault.registry.users() if user.user_hash.startswith(digits)]
+    found = place.vault.registry.find_users(digits)
     if len(found) != 1:
         raise ValueError(f"hash {digits!r}: fits {len(found)} users in {place.vault.root}, expected one")
     return found[0]
@@ -457,8 +454,8 @@ def _base_here(place: Place) -> str | None:
         result = folder / "adapt" / "result.json"
         if result.is_file():
             return str(json.loads(result.read_text())["fingerprints"]["task_base"])
-    versions = place.vault.registry.versions()
-    return max(versions, key=lambda row: row.created_at).base_fingerprint if versions else None
+    newest = place.vault.registry.newest_version()
+    return newest.base_fingerprint if newest else None
 
 
 def _to_scan(place: Place, options: argparse.Namespace) -> list[Path]:

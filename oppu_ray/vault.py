@@ -44,6 +44,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from oppu_ray import adapter_files
 from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, InputError, Item, check_unicode
+from oppu_ray.files import write_once
 from oppu_ray.registry import Forgotten, History, HistoryChanged, Lease, Refused, Registry, Segment, UserHash, Version
 
 FORMAT = 1
@@ -61,6 +62,8 @@ MARK_NAME = "vault"
 """A file in `users/` and `keys/` with the vault's id: an empty mount point, or another vault's disk, has none."""
 REVISION_NAME = "revision"
 """A file in `users/` with the newest revision of the registry that has listed what is there."""
+RECORD_NAME = "vault.id"
+"""A file in a run's folder with the id of the vault that the run began with."""
 BLOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}(\.[a-z0-9]{1,12})?")
 _BAD_CATEGORIES = {"Cc": "control", "Cf": "invisible format", "Cs": "surrogate", "Zl": "line", "Zp": "paragraph"}
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -644,6 +647,11 @@ class Vault:
         folders = [folder / "tmp" for folder in (self.root, *self._tops.values())]
         return sorted(path for folder in folders for path in _entries(folder) if path.name.startswith(owner))
 
+    def all_paths(self) -> Iterator[Path]:
+        """All files and folders of the vault, also where `users/` or `keys/` lies on another disk."""
+        outside = [folder for folder in self._tops.values() if not folder.is_relative_to(self.root)]
+        return (path for folder in (self.root, *outside) for path in folder.rglob("*"))
+
     def stage_version(
         self, stage: Path, lease: Lease, number: int, adapter: AdapterState, manifest: Manifest
     ) -> Version:
@@ -1166,10 +1174,28 @@ class Vault:
             raise DiskError(f"vault {self.root}: {what}{_reason(error)}") from error
 
 
-def open_vault(config: Config) -> Vault:
-    """The vault of a run; made if it is not there yet."""
+def open_vault(config: Config, create: bool = True) -> Vault:
+    """The vault of a run, which the run records by its id: an empty mount point is not taken for a new vault.
+
+    Args:
+        create: Make it if it is not there yet, and the run has had none.
+
+    Raises:
+        DiskError: It is away, or another vault is in its place.
+    """
     root = Path(config.vault.path or Path(config.run_dir) / "vault").expanduser()
-    return Vault(root, config.vault.registry_url or None, encrypt=config.vault.encrypt)
+    record = Path(config.run_dir) / RECORD_NAME
+    known = record.read_text().strip() if record.exists() else ""
+    hint = f"is its disk mounted? If the run is to begin with another vault, remove {record}"
+    if known and not os.path.lexists(root / "key"):
+        raise DiskError(f"vault {root}: no vault is there, expected {known}; {hint}")
+    vault = Vault(root, config.vault.registry_url or None, encrypt=config.vault.encrypt, create=create)
+    if known not in ("", vault.vault_id):
+        vault.close()
+        raise DiskError(f"vault {root}: is vault {vault.vault_id}, expected {known}; {hint}")
+    if create and not known and record.parent.is_dir():
+        write_once(record, vault.vault_id.encode())
+    return vault
 
 
 def _is_there(path: Path) -> bool:

@@ -115,7 +115,7 @@ class Worker:
         self.run_dir = Path(config.run_dir)
         self.index = read_index(self.run_dir / "prepare")
         self.task = get_task(config.task)
-        self.vault = open_vault(config)
+        self.vault = open_vault(config, create=False)
         self.task_base_path, self.ranks = task_base, ranks
         self.telemetry, self.should_stop = telemetry or Telemetry(run_id), should_stop
         self.report_every_s = report_every_s
@@ -418,7 +418,7 @@ def task_work(config: Config, base: Base) -> UserWork:
 def encode_base_users(config: Config, base: Base, index: Index, user_ids: Sequence[str]) -> dict[str, list[Example]]:
     """User to the examples that their items are for the task adapter."""
     users = read_users(Path(config.run_dir) / "prepare", index, user_ids)
-    vault = open_vault(config)
+    vault = open_vault(config, create=False)
     if config.memory.name:  # what is made from their histories is kept in the vault
         vault.add_users([user.user_id for user in users], again=False)
     memories = Memories(config, vault, profile_writer(config))

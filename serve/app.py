@@ -136,7 +136,7 @@ class Engine:
         config = from_dict(values)
         name = serve.get_replica_context().replica_id.unique_id
         base, engine = build_engine(config)
-        self.replica = Replica(config, base, open_vault(config), engine, name, Meters(name))
+        self.replica = Replica(config, base, open_vault(config, create=False), engine, name, Meters(name))
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """See `Replica.ask`."""
@@ -161,7 +161,7 @@ class Trainer:
 
         _close_grpc_port()
         config = from_dict(values)
-        self.trainer = trainer.Trainer(config, open_vault(config), lambda: open_task_base(config))
+        self.trainer = trainer.Trainer(config, open_vault(config, create=False), lambda: open_task_base(config))
 
     def start(self, user_hash: str) -> Refresh:
         """See `Trainer.start`."""
@@ -195,7 +195,7 @@ class RayBackend:
     """`serve.messages.Backend` by Ray Serve's handles."""
 
     def __init__(self, config: Config, engine: DeploymentHandle, trainer: DeploymentHandle):
-        self.vault = open_vault(config)
+        self.vault = open_vault(config, create=False)
         self._engine, self._trainer = engine, trainer
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:

@@ -28,7 +28,7 @@ class Chores:
     """See the module's docstring. `root` and `registry_url` as for `Vault`."""
 
     def __init__(self, config: Config, root: Path, registry_url: str):
-        self._config, self._vault = config, Vault(root, registry_url)
+        self._config, self._vault = config, Vault(root, registry_url, create=False)
 
     def add_items(self, user_hash: UserHash, generation: int | None, body: bytes) -> dict[str, Any] | Failed:
         """See `history.add_items`."""

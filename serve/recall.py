@@ -31,7 +31,7 @@ class Recall:
     """See the module's docstring. `root` and `registry_url` as for `Vault`."""
 
     def __init__(self, config: Config, root: Path, registry_url: str):
-        self._config, self._task, self._vault = config, get_task(config.task), Vault(root, registry_url)
+        self._config, self._task, self._vault = config, get_task(config.task), Vault(root, registry_url, create=False)
         memory = replace(config.memory, top_k=MAX_TOP_K)  # the best k are the first k of these
         self._memories = Memories(replace(config, memory=memory), self._vault, generate=lambda prompts: ())
         self._lock = threading.Lock()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,30 +76,86 @@ def memory_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+class PostgresServer:
+    """A PostgreSQL server of our own in a folder, which can be killed, started again, and followed by a standby."""
+
+    def __init__(self, folder: Path) -> None:
+        found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
+        initdb = shutil.which("initdb") or (found[-1] if found else None)
+        if initdb is None:
+            pytest.skip("no PostgreSQL server here: apt-get install postgresql")
+        self._binaries = Path(initdb).resolve().parent
+        self._user = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
+        self.folder, self._data = folder, folder / "data"
+        self.url = f"postgresql+psycopg://oppu@/postgres?host={folder}"
+        if self._user:
+            shutil.chown(folder, self._user)
+
+    def _run(self, command: str, *arguments: str) -> None:
+        run = [str(self._binaries / command), "-D", str(self._data), *arguments]
+        subprocess.run(run, user=self._user, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
+
+    def create(self) -> None:
+        self._run("initdb", "-U", "oppu", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8")
+
+    def follow(self, primary: PostgresServer) -> None:
+        """Become a standby of another server that is running."""
+        self._run("pg_basebackup", "-h", str(primary.folder), "-U", "oppu", "-R", "-c", "fast", "--no-sync")
+
+    def start(self, *settings: str) -> None:
+        """Start, with settings such as "synchronous_standby_names=*"."""
+        always = ("listen_addresses=", f"unix_socket_directories={self.folder}", "fsync=off")
+        options = " ".join(f"-c {setting}" for setting in (*always, *settings))
+        self._run("pg_ctl", "-w", "-l", str(self.folder / "log"), "-o", options, "start")
+
+    def promote(self) -> None:
+        """From a standby to a primary."""
+        self._run("pg_ctl", "-w", "promote")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-m", "immediate", "-w", "stop")
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all its processes; returns when they are gone."""
+        pid_file = self._data / "postmaster.pid"
+        parent = int(pid_file.read_text().split()[0])
+        found = {int(path.name): _state_and_parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+        killed = [parent, *(pid for pid, (_, its_parent) in found.items() if its_parent == parent)]
+        for pid in killed:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while any(_state_and_parent(Path("/proc", str(pid)))[0] not in "ZX" for pid in killed):
+            time.sleep(0.01)
+        pid_file.unlink()  # of a zombie, where nothing reaps orphans, it would keep the next server from starting
+
+
+def _state_and_parent(process: Path) -> tuple[str, int]:
+    """As in /proc/<pid>/stat; ("X", 0) when it is gone."""
+    try:
+        fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X", 0
+    return fields[0], int(fields[1])
+
+
+@contextmanager
+def server_folder() -> Iterator[Path]:
+    """A folder whose path is short enough for a socket, which the server's user may enter."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="oppu-pg-") as folder:
+        yield Path(folder)
+
+
 @contextmanager
 def postgres_server() -> Iterator[str]:
     """URL of an empty PostgreSQL that lives as long as the block; skips the test where it is not installed."""
-    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
-    initdb = shutil.which("initdb") or (found[-1] if found else None)
-    if initdb is None:
-        pytest.skip("no PostgreSQL server here: apt-get install postgresql")
-    binaries = Path(initdb).resolve().parent
-    user = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="oppu-pg-") as folder:
-        if user:
-            shutil.chown(folder, user)
-
-        def run(*command: str) -> None:
-            subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-
-        data = f"{folder}/data"
-        run(str(binaries / "initdb"), "-D", data, "-U", "oppu", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8")
-        options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
-        run(str(binaries / "pg_ctl"), "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
+    with server_folder() as folder:
+        server = PostgresServer(folder)
+        server.create()
+        server.start()
         try:
-            yield f"postgresql+psycopg://oppu@/postgres?host={folder}"
+            yield server.url
         finally:
-            run(str(binaries / "pg_ctl"), "-D", data, "-m", "immediate", "-w", "stop")
+            server.stop()
 
 
 def empty_postgres(url: str) -> None:
