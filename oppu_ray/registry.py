@@ -978,9 +978,11 @@ class Registry:
             if create:
                 with suppress(FileExistsError):
                     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            os.stat(path)
+            size = os.stat(path).st_size
         except OSError as error:
             raise RegistryError(f"registry {self._shown}: {error.strerror}; is its disk mounted?") from error
+        if size == 0 and not create:
+            raise RegistryError(f"registry {self._shown}: is empty; expected the one of an existing vault")
         return self._url.set(database=f"file:{quote(path)}", query={"mode": "rw", "uri": "true"})
 
     def _migrate(self, create: bool) -> None:

@@ -831,10 +831,10 @@ class Vault:
             if found == self.vault_id:
                 return True
             if found:
-                raise DiskError(f"{path}: is of vault {found[:32]!r}, expected {self.vault_id}; which disk is mounted?")
+                raise DiskError(f"{top}/ is of another vault: {path} says {found[:32]!r}, expected {self.vault_id}")
             if self.registry.fact(top) or not self._is_proven(top):
-                wanted = f"if this is the right folder, write {self.vault_id} to that file"
-                raise DiskError(f"{path}: no such file; is its disk mounted? {wanted}")
+                hint = f"if {path.parent} is the right folder, write {self.vault_id} to {path}"
+                raise DiskError(f"{top}/ has no mark of this vault; is its disk mounted? ({hint})")
         return False
 
     def _is_proven(self, top: str) -> bool:
@@ -1193,8 +1193,9 @@ def open_vault(config: Config, create: bool = True) -> Vault:
     if known not in ("", vault.vault_id):
         vault.close()
         raise DiskError(f"vault {root}: is vault {vault.vault_id}, expected {known}; {hint}")
-    if create and not known and record.parent.is_dir():
-        write_once(record, vault.vault_id.encode())
+    if not known and record.parent.is_dir():
+        with suppress(OSError):  # a machine that only serves may not write there
+            write_once(record, vault.vault_id.encode())
     return vault
 
 

@@ -115,7 +115,7 @@ class Worker:
         self.run_dir = Path(config.run_dir)
         self.index = read_index(self.run_dir / "prepare")
         self.task = get_task(config.task)
-        self.vault = open_vault(config, create=False)
+        self.vault = open_vault(config)
         self.task_base_path, self.ranks = task_base, ranks
         self.telemetry, self.should_stop = telemetry or Telemetry(run_id), should_stop
         self.report_every_s = report_every_s

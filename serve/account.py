@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import Field
 
@@ -192,9 +192,14 @@ async def forget(request: Request, user: User) -> dict[str, Any]:
 
 
 @admin.get("/users", response_class=Response)
-async def users(request: Request, operator: Operator) -> Response:
-    """All users by their hash, oldest first."""
-    return _json(await _bounds(request).run_apart(operator, "users"))
+async def users(
+    request: Request,
+    operator: Operator,
+    after: Annotated[str, Query(max_length=64)] = "",
+    limit: Annotated[int, Query(ge=1, le=MAX_ITEMS_PER_REQUEST)] = MAX_ITEMS_PER_REQUEST,
+) -> Response:
+    """Users in the order of their hashes; `next` is what to give as `after` for those that follow."""
+    return _json(await _bounds(request).run_apart(operator, "users", after, limit))
 
 
 @admin.post("/users", status_code=201)

@@ -53,9 +53,11 @@ class Chores:
         """The receipt of `forget.forget_items`."""
         return asdict(forget_items(self._vault, user_hash, item_ids, folders))
 
-    def users(self) -> bytes:
-        """All users, as JSON."""
-        return json.dumps({"users": [asdict(user) for user in self._vault.registry.users()]}).encode()
+    def users(self, after: str, limit: int) -> bytes:
+        """Up to `limit` users in the order of their hashes, from behind one of them, as JSON."""
+        found = self._vault.registry.users_after(after, limit)
+        last = found[-1].user_hash if len(found) == limit else None
+        return json.dumps({"users": [asdict(user) for user in found], "next": last}).encode()
 
     def tokens(self) -> bytes:
         """All tokens without their secrets, as JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,21 @@ def test_a_damaged_checkpoint_is_ignored_with_a_warning(
     damaged.write_bytes(content)
     assert checkpoint().load() is None and "ignored" in caplog.text
     checkpoint().save(state(1), [])  # and it does not stand in the way of the next
+    assert same(checkpoint().load()[0], state(1))  # type: ignore[index]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_stays(
+    vault: Vault, checkpoint: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint().save(state(1), [])
+    before = files(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert checkpoint().load() is None and files(tmp_path) == before
+    if vault.is_encrypted:
+        os.rename(vault.root / "keys", tmp_path / "kept")
+        assert checkpoint().load() is None and files(tmp_path) == before
+        os.rename(tmp_path / "kept", vault.root / "keys")
     assert same(checkpoint().load()[0], state(1))  # type: ignore[index]
 
 

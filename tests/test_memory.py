@@ -17,7 +17,7 @@ from oppu_ray.memory import Memories, Memory, choose_items
 from oppu_ray.pairs import make_pairs
 from oppu_ray.retrieval import KINDS, choose_faiss_device, vectors_from_bytes
 from oppu_ray.tasks import get_task, make_prompt, render_prompt
-from oppu_ray.vault import Vault
+from oppu_ray.vault import DiskError, Vault
 
 TAGS = ("sci-fi", "comedy", "drama")
 WORDS = "robot love wedding space war dog paris heist school ghost".split()
@@ -288,6 +288,23 @@ def test_a_stored_profile_that_is_none_is_written_again(
     made = Memories(config, vault, no_model).open(owner)
     assert made is not None and query_prompt(config, made, owner.queries[0]).profile.startswith("Most frequent tag")
     assert vault.get_blob("ann", name) != stored and "canary" not in caplog.text
+
+
+def test_one_users_profile_that_is_away_stops_nobody_else_and_is_not_written_over(vault: Vault) -> None:
+    config, users = config_of(top_k=0, with_profile=True), [user("ann"), user("bob")]
+    vault.add_users(["ann", "bob"])
+    Memories(config, vault, no_model).open(users[0])
+    (path,) = vault.root.rglob("blobs/profile_*.json")
+    path.rename(path.with_name("kept"))
+    path.symlink_to(path.with_name("away"))
+    memories = Memories(config, vault, no_model)
+    memories.write_profiles(users)
+    assert len(vault.blob_names(vault.user_hash("bob"))) == 1 and path.is_symlink()
+    with pytest.raises(DiskError, match="symlink"):
+        memories.open(users[0])
+    path.unlink()
+    path.with_name("kept").rename(path)
+    assert memories.open(users[0]) is not None
 
 
 def test_a_model_writes_the_missing_profiles_in_one_batch_and_the_template_steps_in(vault: Vault) -> None:

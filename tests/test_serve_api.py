@@ -720,6 +720,13 @@ def test_operators_make_users_and_tokens(web: Web) -> None:
     assert operator.delete(f"/v1/admin/tokens/{token.split('_')[1]}").status_code == 204
     assert eve.get("/v1/me").status_code == 401
     assert len(operator.get("/v1/admin/users").json()["users"]) == 3
+    hashes, after = [], ""
+    while after is not None:
+        page = operator.get(f"/v1/admin/users?limit=2&after={after}").json()
+        hashes += [user["user_hash"] for user in page["users"]]
+        after = page["next"]
+    assert hashes == sorted(user.user_hash for user in backend.vault.registry.users())
+    assert code(operator.get("/v1/admin/users?limit=1000000"))[0] == 400
     assert operator.get("/v1/admin/audit").json()["broken"] is None
     lengths = [len(operator.get(f"/v1/admin/audit?limit={limit}").json()["entries"]) for limit in (-1, 0, 1)]
     assert lengths == [0, 0, 1]

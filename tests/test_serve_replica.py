@@ -173,6 +173,22 @@ def test_an_adapter_that_cannot_be_read_fails_its_owner_alone(
     assert answer(replica, "bob")[0].version
 
 
+def test_a_user_whose_files_are_away_waits_for_them_and_nobody_else_does(replica: Replica) -> None:
+    versions = [commit(replica, "ann", seed) for seed in (1, 2)]
+    commit(replica, "bob")
+    replica.vault.append_history("ann", [Item("1", text="film", label="drama")])
+    folder = replica.vault.user_folder(replica.vault.user_hash("ann"))
+    folder.rename(folder.with_name("away"))
+    for _ in range(2):
+        assert (failure(replica).status, failure(replica).code) == (503, "adapter_unavailable")
+        failed = failure(replica, text=Item("2", text="old film"), top_k=1)
+        assert failed.status == 503 and str(folder) not in failed.message
+        assert answer(replica, "bob")[0].fallback == ""
+    folder.with_name("away").rename(folder)
+    assert answer(replica)[0].version == versions[1]
+    assert answer(replica, text=Item("2", text="old film"), top_k=1)[0].items
+
+
 def test_an_adapter_that_does_not_fit_gives_way_to_the_shared_model(replica: Replica) -> None:
     manifest = make_manifest(base=replica.base.fingerprint)
     replica.vault.commit("ann", make_adapter(1, rank=8), manifest)

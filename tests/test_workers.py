@@ -25,7 +25,7 @@ from oppu_ray.pool import RayWorker
 from oppu_ray.progress import Interrupted, Progress
 from oppu_ray.registry import RegistryError
 from oppu_ray.training import Ranks
-from oppu_ray.vault import Manifest
+from oppu_ray.vault import DiskError, Manifest
 from oppu_ray.workers import Worker, run_units, user_seed
 
 USERS = ("user-0", "user-1", "user-2")
@@ -337,6 +337,25 @@ def test_a_commit_that_fails_is_the_failure_of_its_user_and_may_succeed_later(
         patch.setattr(worker.vault, "commit", lambda *_: (_ for _ in ()).throw(ValueError("could not commit: full")))
         done = list(worker.train(USERS))
     assert {one.is_retryable for one in done} == {True} and {one.version for one in done} == {None}
+    assert {one.error for one in worker.train(USERS)} == {None}
+
+
+def test_a_user_whose_files_are_away_may_be_trained_later_and_the_others_are_trained(
+    worker_of: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of("run")
+    append = worker.vault.append_history
+
+    def away(user: str, *args: Any, **options: Any) -> int:
+        if user == USERS[0]:
+            raise DiskError("could not add to the history: No such file or directory")
+        return append(user, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.vault, "append_history", away)
+        done = {one.user_id: one for one in worker.train(USERS)}
+    assert done[USERS[0]].is_retryable and done[USERS[0]].error and "No such file" in done[USERS[0]].error
+    assert [done[user].error for user in USERS[1:]] == [None] * len(USERS[1:])
     assert {one.error for one in worker.train(USERS)} == {None}
 
 
