@@ -126,7 +126,8 @@ class PostgresServer:
                 os.kill(pid, signal.SIGKILL)
         while any(_state_and_parent(Path("/proc", str(pid)))[0] not in "ZX" for pid in killed):
             time.sleep(0.01)
-        pid_file.unlink()  # of a zombie, where nothing reaps orphans, it would keep the next server from starting
+        for path in (pid_file, *self.folder.glob(".s.PGSQL.*")):
+            path.unlink()  # with the id of a zombie, where nothing reaps orphans, it keeps the next server from starting
 
 
 def _state_and_parent(process: Path) -> tuple[str, int]:
