@@ -87,8 +87,8 @@ class BankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bank = self.bank[0]
-        if bank.rows is not None:
-            return self._decode(x[0], bank.rows)[None]
+        if bank.tokens is not None:
+            return self._answer(x[0], bank.tokens)[None]
         lora, scales = self.active()
         if scales and self.scales_input:
             x = _Scale.apply(x, bank.anchor, self.scale, scales)
@@ -106,16 +106,16 @@ class BankLinear(nn.Module):
         lora = bank.active("lora", self.target) if self.a is not None else ()
         return lora, bank.active("ia3", self.target) if self.scale is not None else ()
 
-    def _decode(self, x_BI: Tensor, rows: RowSlots) -> Tensor:
-        """One token per row."""
+    def _answer(self, x_TI: Tensor, tokens: TokenSlots) -> Tensor:
+        """Each token by itself."""
         if self.scale is not None and self.scales_input:
-            x_BI = rows.scaled(x_BI, self.scale, self.target)
-        y_BO = self.base(x_BI)
+            x_TI = tokens.scaled(x_TI, self.scale, self.target)
+        y_TO = self.base(x_TI)
         if self.scale is not None and not self.scales_input:
-            y_BO = rows.scaled(y_BO, self.scale, self.target)
-        if self.a is None or self.b is None or (scaling_B := rows.scaling("lora", self.target)) is None:
-            return y_BO
-        return add_lora_rows(x_BI, y_BO, (rows.slot_B, scaling_B, self.a.compute, self.b.compute))
+            y_TO = tokens.scaled(y_TO, self.scale, self.target)
+        if self.a is None or self.b is None or (scaling_T := tokens.scaling("lora", self.target)) is None:
+            return y_TO
+        return add_lora_rows(x_TI, y_TO, (tokens.slot_T, scaling_T, self.a.compute, self.b.compute))
 
     def add_lora(self, y_TO: Tensor, x_TI: Tensor, ranges: Ranges, masks: Masks) -> None:
         """y += scaling * (x A^T) B^T for each slot's tokens, in place."""
@@ -150,33 +150,43 @@ class BankLinear(nn.Module):
                 grad_x_TI[start:stop] += (low_grad @ a.compute[slot]).mul_(scaling_S[slot]) * mask
 
 
-class RowSlots:
-    """The slots of a decoding step, one token per row; -1 is the base alone."""
+class TokenSlots:
+    """The slots of a pass that answers, token by token; -1 is the base alone.
 
-    def __init__(self, bank: AdapterBank, slots: Sequence[int]):
+    Args:
+        slots: Of each row.
+        nums: Tokens of each row; None for one.
+    """
+
+    def __init__(self, bank: AdapterBank, slots: Sequence[int], nums: Sequence[int] | None = None):
         self._pefts = [bank.peft[slot] if slot >= 0 else None for slot in slots]
         self._scalings = [bank.scaling_S[slot] for slot in slots]
-        self.slot_B = torch.tensor([max(slot, 0) for slot in slots], device=bank.device)
+        self._nums_B = None if nums is None else torch.tensor(nums, device=bank.device)
+        self.slot_T = self._by_token(torch.tensor([max(slot, 0) for slot in slots], device=bank.device))
         self._found: dict[tuple[str, str], Tensor | None] = {}
 
-    def scaling(self, kind: str, target: str) -> Tensor | None:
-        """[B] float32: LoRA's scaling, or 1 for IA3, for rows with such an adapter for linears called `target`, else 0.
+    def _by_token(self, value_B: Tensor) -> Tensor:
+        return value_B if self._nums_B is None else value_B.repeat_interleave(self._nums_B)
 
-        None if there is no such row.
+    def scaling(self, kind: str, target: str) -> Tensor | None:
+        """[T] float32: LoRA's scaling (1 for IA3) where a token's adapter is of `kind` and targets `target`, else 0.
+
+        None if there is no such token.
         """
         if (kind, target) not in self._found:
             has = [peft is not None and peft.kind == kind and target in targets(peft) for peft in self._pefts]
             own = self._scalings if kind == "lora" else [1.0] * len(has)
             scalings = [scaling if mine else 0.0 for scaling, mine in zip(own, has, strict=True)]
-            self._found[kind, target] = torch.tensor(scalings, device=self.slot_B.device) if any(has) else None
+            found = self._by_token(torch.tensor(scalings, device=self.slot_T.device)) if any(has) else None
+            self._found[kind, target] = found
         return self._found[kind, target]
 
-    def scaled(self, x_BD: Tensor, scale: Stack, target: str) -> Tensor:
-        """Each row with IA3 scales for `target` times its slot's."""
-        scaling_B = self.scaling("ia3", target)
-        if scaling_B is None:
-            return x_BD
-        return torch.where(scaling_B[:, None] != 0, x_BD * scale.compute[self.slot_B], x_BD)
+    def scaled(self, x_TD: Tensor, scale: Stack, target: str) -> Tensor:
+        """Each token with IA3 scales for `target` times its slot's."""
+        scaling_T = self.scaling("ia3", target)
+        if scaling_T is None:
+            return x_TD
+        return torch.where(scaling_T[:, None] != 0, x_TD * scale.compute[self.slot_T], x_TD)
 
 
 class _LoRA(torch.autograd.Function):
@@ -320,7 +330,7 @@ class AdapterBank:
         self.seeds: list[int] = [0] * num_slots
         self.linears: dict[str, BankLinear] = {}
         self.prompts: Stack | None = None
-        self.rows: RowSlots | None = None
+        self.tokens: TokenSlots | None = None
         self._ranges: Ranges = ()
         self._active: dict[tuple[str, str], Ranges] = {}
         self._step, self._tokens_before = 0, dict[int, int]()
@@ -413,18 +423,22 @@ class AdapterBank:
         return found
 
     def use(self, ranges: Ranges, step: int = 0, tokens_before: dict[int, int] | None = None) -> None:
-        """Say which slot computes which tokens in the passes that follow. (-1, start, stop) is the base alone.
+        """Say which slot computes which tokens in the training passes that follow. (-1, start, stop) is the base alone.
 
         `step` and `tokens_before` (slot -> the slot's tokens in earlier passes of the step) are for dropout.
         """
-        self.rows = None
+        self.tokens = None
         self._ranges = [r for r in ranges if r[0] >= 0]
         self._active = {}
         self._step, self._tokens_before = step, tokens_before or {}
 
-    def use_rows(self, slots: Sequence[int]) -> None:
-        """Say which slot computes each row of the decoding step that follows."""
-        self.rows = RowSlots(self, slots)
+    def use_rows(self, slots: Sequence[int], nums: Sequence[int] | None = None) -> None:
+        """Say which slot computes each row of the pass that follows, which answers and has no gradient.
+
+        A token's bits depend on nothing but its own slot and what its row holds. `nums` are the rows' tokens; None for
+        one each.
+        """
+        self.tokens = TokenSlots(self, slots, nums)
 
     def active(self, kind: str, target: str) -> Ranges:
         """The ranges whose slot holds an adapter of `kind` for the linears called `target`."""

@@ -4,7 +4,8 @@ In: a model, before and after it is made fast. Out: nothing, or a ValueError tha
 The decision a reader would question: a model is tried, not looked up in a list. `set_attn_implementation` does nothing
 to a layer that does not ask for its attention (a recurrent one, say): users in one stream would then read each other
 without an error. 28 tokens tell, of every kind that the bank knows: a shared prefix and its suffixes, a neighbour, a
-row far longer than these, and tokens decoded from the cache. Three short passes: 0.3 s of one core for SmolLM2-135M.
+row far longer than these, and tokens read into the cache and decoded. Four short passes: 0.4 s of one core for
+SmolLM2-135M.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from oppu_ray.adapters import AdapterBank
 from oppu_ray.core import Example
-from oppu_ray.kv_cache import DecodePlan, Fill, KVCache
+from oppu_ray.kv_cache import DecodePlan, Fill, KVCache, Part
 from oppu_ray.packing import Row, build_stream
 from oppu_ray.training import head_logits
 
@@ -61,37 +62,45 @@ def _examples(model: nn.Module) -> tuple[Example, Example, Example]:
 
 @torch.no_grad()
 def _own_logits(model: nn.Module) -> list[Tensor]:
-    """[N, V] of each example, and of the tokens to be decoded."""
+    """[N, V] of each example, of the first and third again, and of the tokens to be decoded."""
     examples = _examples(model)
     ids = torch.tensor([example.input_ids for example in examples], device=model.device)  # type: ignore[arg-type]
     logits = model(input_ids=ids, use_cache=False).logits
     parts = [part[example.num_prompt - 1 : -1] for part, example in zip(logits, examples, strict=True)]
-    return [*parts, logits[[0, 2], -1]]
+    return [*parts, parts[0], parts[2], logits[[0, 2], -1]]
 
 
-@torch.no_grad()
 def _bank_logits(model: nn.Module, max_length: int) -> list[Tensor]:
-    """The same in one stream and one decoding step, beside a token at the last position of a long row."""
+    """The same: in one stream as in training, beside a token at the last position of a long row; then from a cache."""
     bank = AdapterBank(model, 1, [], trainable=False)
     try:
         first, second, alone = _examples(model)
+        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         rows = [Row(-1, (first, second), NUM_SHARED), Row(-1, (alone,), 0), Row(-1, (Example((0, 0), 1),), 0)]
         stream = build_stream(rows, bank.device)
-        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        cache = KVCache(config, 3, 12, bank.anchor.to(bank.dtype))
-        cache.reserve(12)
-        owners = torch.tensor([0] * 11 + [2] * 5 + [1] * 11 + [2], device=bank.device)  # row 2 is not read
-        stream.plan.fill = Fill(cache, owners, stream.position_ids_T.clone(), ())
         stream.position_ids_T[-1] = min(max_length, config.max_position_embeddings) - 1
         bank.use([])
-        hidden_KD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan)
-        *parts, _ = hidden_KD[stream.predict_C].split([11, 5, 11, 1])
-        bank.use_rows([-1, -1])
-        plan = DecodePlan(cache, (11, 11))
-        next_ids = torch.tensor([first.input_ids[-1], alone.input_ids[-1]], device=bank.device)
-        return [head_logits(model, part) for part in (*parts, bank.hidden_states(next_ids, plan.lengths_B, plan))]
+        with torch.enable_grad():
+            hidden_KD = bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan).detach()
+        with torch.no_grad():
+            *trained, _ = hidden_KD[stream.predict_C].split([11, 5, 11, 1])
+            return [head_logits(model, part) for part in (*trained, *_answered(bank, first, alone))]
     finally:
         bank.remove()
+
+
+def _answered(bank: AdapterBank, first: Example, alone: Example) -> Iterator[Tensor]:
+    """Last hidden states of both prompts, read into a cache, and of the tokens that follow, decoded."""
+    cache = KVCache(bank.model.config.get_text_config(), 2, 12, bank.anchor.to(bank.dtype))  # type: ignore[union-attr, operator]
+    cache.reserve(12)
+    stream = build_stream([Row(-1, (first,), 0), Row(-1, (alone,), 0)], bank.device)
+    stream.plan.fill = Fill(cache, [Part(0, 11, 0, 0), Part(11, 22, 1, 0)])
+    bank.use_rows([-1, -1], [11, 11])
+    yield from bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan).split(11)
+    bank.use_rows([-1, -1])
+    plan = DecodePlan(cache, (11, 11))
+    next_ids = torch.tensor([first.input_ids[-1], alone.input_ids[-1]], device=bank.device)
+    yield bank.hidden_states(next_ids, plan.lengths_B, plan)
 
 
 def _distance(found_NV: Tensor, expected_NV: Tensor) -> float:

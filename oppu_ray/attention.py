@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from oppu_ray.attention_groups import Groups, Segment, grouped_backward, grouped_forward
+from oppu_ray.kernels import rotate
 from oppu_ray.kv_cache import DecodePlan, Fill, decode_attention
 from oppu_ray.native import native
 
@@ -97,6 +98,37 @@ def _split(segment: Segment, max_length: int) -> list[Segment]:
         return [segment]
     cuts = [*range(segment.start, segment.stop, max_length), segment.stop]
     return [Segment(start, stop, segment.start, start) for start, stop in itertools.pairwise(cuts)]
+
+
+def answer_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    plan: SegmentPlan | DecodePlan,
+    layer: int,
+    scale: float,
+    window: int,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of any pass, [T, H, D], without a gradient.
+
+    Args:
+        layer: Its number, for the cache.
+        window: How many positions back a token sees; 0 for all.
+        cos_sin: Each [T, 1, D], to turn queries and keys by; None if they are.
+    """
+    if isinstance(plan, DecodePlan):
+        return decode_attention(q_THD, k_TGD, v_TGD, plan, layer, scale, window, cos_sin)
+    if plan.fill is not None:
+        out_THD = plan.fill.attend(layer, q_THD, k_TGD, v_TGD, scale, window, cos_sin)
+        if out_THD is not None:
+            return out_THD
+    if cos_sin:
+        q_THD, k_TGD = rotate(q_THD, *cos_sin), rotate(k_TGD, *cos_sin)
+    out_THD = attention_forward(q_THD, k_TGD, v_TGD, plan, scale, window, [])
+    if plan.fill is not None:
+        plan.fill.apply(layer, q_THD, k_TGD, v_TGD, out_THD, scale, window)
+    return out_THD
 
 
 def attention_forward(
@@ -178,12 +210,9 @@ def attend(
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     window = sliding_window or 0
-    if isinstance(plan, DecodePlan):
-        return decode_attention(q_THD, k_THD, v_THD, plan, layer, scaling, window)[None], None
-    out_THD = _SegmentAttention.apply(q_THD, k_THD, v_THD, plan, scaling, window)
-    if plan.fill is not None:
-        plan.fill.apply(layer, q_THD, k_THD, v_THD, out_THD, scaling, window)
-    return out_THD[None], None
+    if isinstance(plan, DecodePlan) or not torch.is_grad_enabled():
+        return answer_attention(q_THD, k_THD, v_THD, plan, layer, scaling, window)[None], None
+    return _SegmentAttention.apply(q_THD, k_THD, v_THD, plan, scaling, window)[None], None
 
 
 AttentionInterface.register(NAME, attend)

@@ -25,7 +25,7 @@ from oppu_ray.answer_text import AnswerText
 from oppu_ray.config import PeftConfig
 from oppu_ray.core import MAX_LOGPROBS, AdapterState, Answer, Example, InputError, Request, TokenEvent
 from oppu_ray.kernels import pack_linears, token_losses
-from oppu_ray.kv_cache import DecodePlan, Fill, KVCache, Resumed
+from oppu_ray.kv_cache import DecodePlan, Fill, KVCache, Part
 from oppu_ray.packing import Row, build_stream, make_rows, plan_passes, virtual_tokens
 from oppu_ray.prefix_cache import PrefixCache
 from oppu_ray.sampling import Choice, choose, is_whole_label
@@ -312,22 +312,19 @@ class Engine:
 
     def _read(self, parts: Sequence[tuple[_Answering, int]]) -> None:
         """One pass over the next tokens of some rows' prompts; a row whose prompt ends here gets its first token."""
-        rows, resumed, first, start = [], [], len(self._rows) - len(parts), 0
+        rows, places, first, start = [], [], len(self._rows) - len(parts), 0
         for number, (one, num) in enumerate(parts, first):
             num_virtual = 0 if one.length else one.num_virtual
             begin = one.length - (one.num_virtual if one.length else 0)
             ids = one.request.prompt_ids[begin : begin + num - num_virtual]
             rows.append(Row(one.slot, (Example((*ids, 0), len(ids)),), 0, 1.0, num_virtual))
-            if one.length:
-                resumed.append(Resumed(start, start + num, number, one.length))
+            places.append(Part(start, start + num, number, one.length))
             start += num
         stream = build_stream(rows, self.bank.device)
-        for part in resumed:
+        for part in places:
             stream.position_ids_T[part.start : part.stop] += part.done
-        nums = torch.tensor([num for _, num in parts], device=self.bank.device)
-        rows_T = torch.arange(first, len(self._rows), device=self.bank.device).repeat_interleave(nums)
-        stream.plan.fill = Fill(self.cache, rows_T, stream.position_ids_T, resumed)
-        self.bank.use(stream.ranges)
+        stream.plan.fill = Fill(self.cache, places)
+        self.bank.use_rows([one.slot for one, _ in parts], [num for _, num in parts])
         hidden_KD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
         for one, num in parts:
             one.length += num
@@ -432,7 +429,7 @@ class Engine:
 
     def _score_pass(self, rows: list[Row]) -> list[float]:
         stream = build_stream(rows, self.bank.device)
-        self.bank.use(stream.ranges)
+        self.bank.use_rows([row.slot for row in rows], [row.num_tokens for row in rows])
         hidden_KD = self.bank.hidden_states(stream.input_ids_T, stream.position_ids_T, stream.plan, stream.virtual)
         losses = [
             token_losses(head_logits(self.model, hidden_KD[index]), target, 0.0)

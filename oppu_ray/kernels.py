@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from oppu_ray.native import native
 
-PACKED_ROWS = 32  # tokens of a typical product with a packed weight
-PACKED_WEIGHTS = 2**16
+TILE = 32  # rows of a typical product: of a full decoding step
+TILES = (1, 2, 4, 8, 12, 16, 24, TILE, 48, 64, 96, 128, 192, 256)  # larger ones are no faster
+CHECKED_NUMBERS = 2**17  # that two sizes are compared by; another order of the sums changes 1 of 5,000 in bfloat16
 KEPT_PRODUCTS = 128  # shapes of a few training passes
 KEPT_KERNELS = 64  # of one function: each is for one or for more tokens, for training or for answering, and so on
 
@@ -315,24 +316,24 @@ def _fused_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def pack_linears(model: nn.Module) -> Callable[[], None]:
-    """Lay the weights of a frozen model's linears out as the CPU's matrix units read them, beside the original.
+    """Make a frozen model's linears compute each row with the same bits for any number of rows (see `RowTiles`).
 
-    In bf16 on AMX half the time for 32 tokens, two thirds for 128, no difference for 2,000; in float32 on AVX2 the LM
-    head for 8 to 32 tokens takes six tenths. Costs the model's size in memory. Small weights gain nothing.
+    Where oneDNN can, weights are also laid out as the CPU's matrix units read them, beside the original: in bf16 on AMX
+    half the time for 32 tokens, two thirds for 128, no difference for 2,000; in float32 on AVX2 the LM head for 8 to 32
+    tokens takes six tenths. Costs the model's size in memory. Does nothing on a GPU.
 
     Returns:
-        What undoes it.
+        A function that undoes it.
     """
     weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        return lambda: None
     supported = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
-    can_pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and supported.get(weight.dtype)
-    linears = [
-        module
-        for module in model.modules()
-        if can_pack and type(module) is nn.Linear and module.weight.numel() >= PACKED_WEIGHTS
-    ]
+    can_pack = torch.backends.mkldnn.is_available() and supported.get(weight.dtype, False)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for linear in linears:
-        linear.forward = _packed_forward(linear)  # type: ignore[method-assign, assignment]
+        make = _packed_forward if can_pack and type(linear) is nn.Linear else _tiled_forward
+        linear.forward = make(linear)  # type: ignore[method-assign, assignment]
 
     def unpack() -> None:
         for linear in linears:
@@ -342,8 +343,88 @@ def pack_linears(model: nn.Module) -> Callable[[], None]:
 
 
 def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    packed, bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, PACKED_ROWS), linear.bias
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    packed, bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, TILE), linear.bias
+    tiles = _row_tiles("packed", linear.in_features, linear.out_features, linear.weight.dtype)
+
+    def product(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    return lambda x: tiles.apply(product, x)
+
+
+def _tiled_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = linear.weight  # a quantized one is decoded at each access
+        tiles = _row_tiles("plain", linear.in_features, linear.out_features, weight.dtype)
+        return tiles.apply(lambda tile: nn.functional.linear(tile, weight, linear.bias), x)
+
+    return forward
+
+
+class RowTiles:
+    """Computes a matrix product in tiles of a few sizes that all give a row the same bits.
+
+    oneDNN and MKL choose by the number of rows how the sum of each row is split: one row is summed in another order
+    than two, and on two threads 64 rows in another order than 32. So a size is compared with `TILE` before its first
+    use, and skipped if a single number differs. Few sizes also mean few kernels to compile.
+    """
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[int, int], list[int]] = {}  # by rows and threads
+        self._agrees: dict[tuple[int, int], bool] = {}  # by size and threads
+
+    def apply(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The product of x [..., I]."""
+        num, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+        if (num, threads) not in self._plans:
+            self._plans[num, threads] = self._plan(product, x, num)
+        sizes = self._plans[num, threads]
+        if sizes == [num]:
+            return product(x)
+        y = _in_tiles(product, x.reshape(num, -1), sizes)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _plan(self, product: Callable[[Tensor], Tensor], like: Tensor, num: int) -> list[int]:
+        """Sizes of the tiles for `num` rows; the last tile may be padded."""
+
+        def agrees(size: int) -> bool:
+            key = size, torch.get_num_threads()
+            if key not in self._agrees:
+                self._agrees[key] = _has_same_bits(product, like, size)
+            return self._agrees[key]
+
+        sizes: list[int] = []
+        while (rest := num - sum(sizes)) > 0:
+            # A second tile reads the weights again. For few rows that costs more than padding.
+            most = TILE if rest <= TILE else rest * 5 // 4
+            padded = next((size for size in TILES if rest <= size <= most and agrees(size)), None)
+            filled = next((size for size in reversed(TILES) if size <= rest and agrees(size)), 1)
+            sizes.append(padded or filled)
+        return sizes
+
+
+@functools.cache
+def _row_tiles(*product: Hashable) -> RowTiles:
+    """One for all products that are computed by the same kernels: kind, widths and type of the weight."""
+    return RowTiles()
+
+
+def _has_same_bits(product: Callable[[Tensor], Tensor], like: Tensor, size: int) -> bool:
+    """Whether tiles of `size` give random rows the same bits as tiles of `TILE`, with each row in another place."""
+    generator = torch.Generator().manual_seed(0)
+    num = product(like.new_zeros(TILE, like.shape[-1])).shape[-1]
+    rows = max(size, TILE, min(CHECKED_NUMBERS // num, max(TILES)))
+    x_TI = torch.randn(rows, like.shape[-1], generator=generator).to(like.dtype)
+    moved = _in_tiles(product, x_TI.roll(1, 0), [size] * -(-rows // size)).roll(-1, 0)
+    return torch.equal(moved, _in_tiles(product, x_TI, [TILE] * -(-rows // TILE)))
+
+
+def _in_tiles(product: Callable[[Tensor], Tensor], x_TI: Tensor, sizes: list[int]) -> Tensor:
+    num = len(x_TI)
+    if padding := sum(sizes) - num:
+        x_TI = nn.functional.pad(x_TI, (0, 0, 0, padding))
+    parts = [product(part) for part in x_TI.split(sizes)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[:num]
 
 
 @torch.no_grad()

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from oppu_ray.decoding import attend_rows
+from oppu_ray.decoding import attend_cached
 from oppu_ray.kernels import rotate
 
 GROWTH = 256
+PIECE = 128  # tokens of a part that one thread computes at a time
 
 
 class KVCache:
@@ -80,10 +82,8 @@ class DecodePlan:
         self.rows_B = torch.arange(len(self.lengths), device=device)
         self.lengths_B = torch.tensor(self.lengths, device=device)
         self.num_keys = max(self.lengths) + 1
-        num_rows, _, num_positions = self.cache.layers.shape[2:5]
-        if len(self.lengths) > num_rows or self.num_keys > num_positions:  # nothing behind here looks
-            wanted = f"{len(self.lengths)} rows of up to {self.num_keys} positions"
-            raise IndexError(f"{wanted} in a cache of {num_rows} and {num_positions}")
+        parts = [Part(row, row + 1, row, length) for row, length in enumerate(self.lengths)]
+        self.parts_N4 = _part_table(self.cache, parts)
 
     def bias(self, window: int) -> Tensor:
         """[B, 1, 1, K]: 0 where a row's new token may see a position, -inf where not. Made once per step and window."""
@@ -111,7 +111,7 @@ def decode_attention(
     `window` 0 means no sliding window. `cos_sin`, each [B, 1, D], turn queries and keys that are not turned yet.
     """
     keys, values = plan.cache.layers[layer]
-    out_BHD = attend_rows(q_BHD, k_BGD, v_BGD, cos_sin, keys, values, plan.lengths_B, scale, window)
+    out_BHD = attend_cached(q_BHD, k_BGD, v_BGD, cos_sin, keys, values, plan.parts_N4, scale, window)
     if out_BHD is not None:
         return out_BHD
     if cos_sin:
@@ -129,8 +129,8 @@ def decode_attention(
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """Tokens [start, stop) of a stream continue cache row `row` after its first `done` positions."""
+class Part:
+    """Tokens [start, stop) of a stream follow the first `done` positions of cache row `row`."""
 
     start: int
     stop: int
@@ -138,22 +138,68 @@ class Resumed:
     done: int
 
 
+def _part_table(cache: KVCache, parts: Sequence[Part]) -> Tensor:
+    """[N, 4] for `attend_cached`."""
+    num_rows, _, num_positions = cache.layers.shape[2:5]
+    wanted_rows = max(part.row for part in parts) + 1
+    wanted = max(part.done + part.stop - part.start for part in parts)
+    if wanted_rows > num_rows or wanted > num_positions:  # nothing behind here looks
+        here = f"a cache of {num_rows} and {num_positions}"
+        raise IndexError(f"{wanted_rows} rows of up to {wanted} positions in {here}")
+    return torch.tensor([[part.start, part.stop - part.start, part.row, part.done] for part in parts])
+
+
 @dataclass(frozen=True)
 class Fill:
-    """Where a stream's keys and values go: token t to `positions_T[t]` of row `rows_T[t]`; and what continues a row."""
+    """Where a stream's keys and values go: its parts cover it in order, each a row's next positions."""
 
     cache: KVCache
-    rows_T: Tensor
-    positions_T: Tensor
-    resumed: Sequence[Resumed]
+    parts: Sequence[Part]
+
+    @cached_property
+    def pieces_N4(self) -> Tensor:
+        """The parts, in pieces for several threads."""
+        pieces = [
+            Part(start, min(start + PIECE, part.stop), part.row, part.done + start - part.start)
+            for part in self.parts
+            for start in range(part.start, part.stop, PIECE)
+        ]
+        return _part_table(self.cache, pieces)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and position of each token, for PyTorch."""
+        device = self.cache.layers.device
+        rows = [torch.full((part.stop - part.start,), part.row) for part in self.parts]
+        positions = [torch.arange(part.done, part.done + part.stop - part.start) for part in self.parts]
+        return torch.cat(rows).to(device), torch.cat(positions).to(device)
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        scale: float,
+        window: int,
+        cos_sin: tuple[Tensor, Tensor] | None,
+    ) -> Tensor | None:
+        """Keep keys and values, and attend to all that each token's row holds up to it; None where there is no C++."""
+        if len(q_THD) != self.parts[-1].stop:  # nothing behind here looks
+            raise IndexError(f"{len(q_THD)} queries, in parts of {self.parts[-1].stop} tokens")
+        keys, values = self.cache.layers[layer]
+        return attend_cached(q_THD, k_TGD, v_TGD, cos_sin, keys, values, self.pieces_N4, scale, window)
 
     def apply(
         self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, out_THD: Tensor, scale: float, window: int
     ) -> None:
-        """Keep keys and values, and overwrite `out_THD` for the tokens that also see what their row already held."""
+        """The same by PyTorch, where `out_THD` is right already for tokens whose row held nothing before."""
         keys, values = self.cache.layers[layer]
-        keys[self.rows_T, :, self.positions_T], values[self.rows_T, :, self.positions_T] = k_TGD, v_TGD
-        for part in self.resumed:
+        rows_T, positions_T = self.places
+        keys[rows_T, :, positions_T], values[rows_T, :, positions_T] = k_TGD, v_TGD
+        for part in self.parts:
+            if not part.done:
+                continue
             position_K = torch.arange(part.done + part.stop - part.start, device=q_THD.device)
             stop, age_LK = len(position_K), position_K[part.done :, None] - position_K
             seen_LK = (age_LK >= 0) & (age_LK < window) if window else age_LK >= 0

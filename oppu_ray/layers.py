@@ -17,10 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from oppu_ray.adapters import BankLinear, scaled, scaled_gradient
-from oppu_ray.attention import NAME, SegmentPlan, attention_backward, attention_forward, plan_segments
+from oppu_ray.attention import (
+    NAME,
+    SegmentPlan,
+    answer_attention,
+    attention_backward,
+    attention_forward,
+    plan_segments,
+)
 from oppu_ray.attention_groups import Segment
 from oppu_ray.kernels import gated, gated_gradient, rms_norm, rms_norm_gradient, rotate, rotate_back
-from oppu_ray.kv_cache import DecodePlan, decode_attention
+from oppu_ray.kv_cache import DecodePlan
 from oppu_ray.quantization import QuantizedLinear
 
 Saved = list[Any]
@@ -102,8 +109,6 @@ class _Layer(torch.autograd.Function):
         )
         q_THW, k_THW = rotate(q_THW, cos, sin), rotate(k_THW, cos, sin)
         out = attention_forward(q_THW, k_THW, v_THW, plan, attention.scaling, 0, saved)
-        if plan.fill is not None:
-            plan.fill.apply(attention.layer_idx, q_THW, k_THW, v_THW, out, attention.scaling, 0)
         out_TD = out.reshape(len(h_TD), -1)
         if wanted_K is not None:
             out_TD, x_TD = out_TD[wanted_K], x_TD[wanted_K]
@@ -145,18 +150,32 @@ class _Layer(torch.autograd.Function):
         return grad_TD[None], None, None, None, None, None, None
 
 
-def decode(layer: Any, x_BD: Tensor, cos: Tensor, sin: Tensor, plan: DecodePlan) -> Tensor:
-    """One decoder layer for one new token per row."""
+def answer(
+    layer: Any,
+    x_TD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    plan: SegmentPlan | DecodePlan,
+    wanted_K: Tensor | None = None,
+) -> Tensor:
+    """One decoder layer without gradients, [T, D], or [K, D] for the tokens of `wanted_K` alone.
+
+    Prompts and decoded tokens both go through here, so that a token has the same bits in both. `_Layer` rounds less
+    often (it adds the residual inside the product), so its bits differ.
+    """
     attention, mlp, (norm1, norm2) = layer.self_attn, layer.mlp, (getattr(layer, name) for name in NORMS)
-    h_BD = rms_norm(x_BD, norm1.weight, norm1.variance_epsilon)[None]
-    q_BHW, k_BGW, v_BGW = (
-        linear(h_BD).view(len(x_BD), -1, attention.head_dim)
+    h_TD = rms_norm(x_TD, norm1.weight, norm1.variance_epsilon)[None]
+    q_THW, k_TGW, v_TGW = (
+        linear(h_TD).view(len(x_TD), -1, attention.head_dim)
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    out_BHW = decode_attention(q_BHW, k_BGW, v_BGW, plan, attention.layer_idx, attention.scaling, 0, (cos, sin))
-    x_BD = x_BD + attention.o_proj(out_BHW.flatten(1)[None])[0]
-    h_BD = rms_norm(x_BD, norm2.weight, norm2.variance_epsilon)[None]
-    return x_BD + mlp.down_proj(gated(mlp.gate_proj(h_BD), mlp.up_proj(h_BD)))[0]
+    index, scale = attention.layer_idx, attention.scaling
+    out_TD = answer_attention(q_THW, k_TGW, v_TGW, plan, index, scale, 0, (cos, sin)).flatten(1)
+    if wanted_K is not None:
+        out_TD, x_TD = out_TD[wanted_K], x_TD[wanted_K]
+    x_TD = x_TD + attention.o_proj(out_TD[None])[0]
+    h_TD = rms_norm(x_TD, norm2.weight, norm2.variance_epsilon)[None]
+    return x_TD + mlp.down_proj(gated(mlp.gate_proj(h_TD), mlp.up_proj(h_TD)))[0]
 
 
 def _save(ctx: Any, saved: Saved, others: list[Tensor]) -> None:
@@ -208,13 +227,13 @@ def _fused_forward(layer: Any, is_last: bool = False) -> Callable[..., Tensor]:
         if plan is None:  # a plain Hugging Face pass, not one of our streams
             return original(hidden_states, *args, **kwargs)
         cos, sin = (part[0, :, None] for part in kwargs["position_embeddings"])
-        if isinstance(plan, DecodePlan):
-            return decode(layer, hidden_states[0], cos, sin, plan)[None]
         linears = [getattr(getattr(layer, part), name) for part, names in LINEARS.items() for name in names]
-        anchor = next((linear.bank[0].anchor for linear in linears if isinstance(linear, BankLinear)), None)
         # An adapter behind the attention knows its tokens by their places in the whole stream.
         is_cut = is_last and not any(isinstance(linear, BankLinear) for linear in linears[3:])
-        wanted_K = plan.wanted_K if is_cut else None
+        wanted_K = plan.wanted_K if is_cut and isinstance(plan, SegmentPlan) else None
+        if not torch.is_grad_enabled():
+            return answer(layer, hidden_states[0], cos, sin, plan, wanted_K)[None]
+        anchor = next((linear.bank[0].anchor for linear in linears if isinstance(linear, BankLinear)), None)
 
         def run(x: Tensor) -> Tensor:
             return _Layer.apply(x, anchor, layer, cos, sin, plan, wanted_K)
@@ -236,15 +255,16 @@ def _agrees(model: Any, layer: Any) -> bool:
         return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
 
     x, angles = draw(1, 6, weight.shape[1]), draw(1, 6, layer.self_attn.head_dim // 2).repeat(1, 1, 2)
-    inputs = {"position_embeddings": (angles.cos(), angles.sin()), "plan": plan_segments([Segment(0, 6)], x.device)}
+    cos_sin, plan = (angles.cos(), angles.sin()), plan_segments([Segment(0, 6)], x.device)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        expected = layer(x, **inputs).float()
-        found = _fused_forward(layer)(x, **inputs).float()
+        expected = layer(x, position_embeddings=cos_sin, plan=plan).float()
+        cos, sin = (part[0, :, None] for part in cos_sin)
+        found = answer(layer, x[0], cos, sin, plan)[None], _Layer.apply(x, None, layer, cos, sin, plan, None)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False  # an architecture that this layer does not know
     finally:
         model.set_attn_implementation(before)
     tolerance = 0.02 if weight.dtype == torch.bfloat16 else 1e-4
-    return bool((found - expected).norm() <= tolerance * (expected - x.float()).norm())
+    return all((one.float() - expected).norm() <= tolerance * (expected - x.float()).norm() for one in found)

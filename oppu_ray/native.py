@@ -48,7 +48,7 @@ ARGUMENTS = {  # each takes the number of threads, too
     "segments_forward": (*SEGMENTS, *[TENSOR] * 5),
     "segments_backward": (*SEGMENTS, *[TENSOR] * 9),
     "add_lora_rows": (*[SIZE] * 4, *[TENSOR] * 5, SIZE, TENSOR, *[SIZE] * 3),
-    "attend_rows": (*[SIZE] * 4, *[TENSOR] * 7, *[SIZE] * 2, TENSOR, SIZE, FLOAT, TENSOR),
+    "attend_cached": (SIZE, TENSOR, *[SIZE] * 3, FLOAT, SIZE, *[TENSOR] * 7, *[SIZE] * 2, TENSOR),
 }
 
 Function = Callable[..., None]

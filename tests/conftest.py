@@ -23,6 +23,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",  # a second thread that spins for work takes the core that the first one needs
     RAY_AUTH_MODE="disabled",  # else `ray.init` writes a token into the home
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from oppu_ray import native
-from oppu_ray.decoding import add_lora_rows, attend_rows
-from oppu_ray.kv_cache import DecodePlan, KVCache, decode_attention
+from oppu_ray.attention import answer_attention, plan_segments
+from oppu_ray.attention_groups import Segment
+from oppu_ray.decoding import add_lora_rows, attend_cached
+from oppu_ray.kernels import rotate as rotary
+from oppu_ray.kv_cache import DecodePlan, Fill, KVCache, Part, decode_attention
 
 NAN = float("nan")
 
@@ -69,8 +73,8 @@ def test_each_row_attends_to_what_it_holds(
 
     def run(rows: list[int], filled: Tensor) -> Tensor:
         own = None if cos_sin is None else (cos_sin[0][rows], cos_sin[1][rows])
-        held = torch.tensor([lengths[row] for row in rows])
-        out = attend_rows(q[rows], k[rows], v[rows], own, *filled, held, 0.3, window)
+        parts = torch.tensor([[place, 1, place, lengths[row]] for place, row in enumerate(rows)])
+        out = attend_cached(q[rows], k[rows], v[rows], own, *filled, parts, 0.3, window)
         assert out is not None
         return out
 
@@ -98,6 +102,51 @@ def test_each_row_attends_to_what_it_holds(
     assert beside[2].isnan().all() and torch.equal(beside[[0, 1, 3]], found[[0, 1, 3]])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(6, 2, 64), (2, 2, 128), (7, 1, 20)])
+@pytest.mark.parametrize("window", [0, 3, 50])
+def test_a_rows_attention_has_the_same_bits_however_it_is_cut(
+    dtype: torch.dtype,
+    tolerance: float,
+    heads: int,
+    key_heads: int,
+    width: int,
+    window: int,
+    normal: Callable[..., Tensor],
+) -> None:
+    """A row of 200 positions: read at once, in pieces beside another row, decoded one by one, and in no cache."""
+    q, k, v = ((normal(200, h, width) / 2).to(dtype) for h in (heads, key_heads, key_heads))
+    angle = normal(200, 1, width // 2).repeat(1, 1, 2)
+    cos_sin = (angle.cos().to(dtype), angle.sin().to(dtype))
+    other = [(normal(9, h, width) / 2).to(dtype) for h in (heads, key_heads, key_heads, 1, 1)]
+
+    def run(cuts: list[int], beside: bool = False) -> tuple[Tensor, Tensor]:
+        cache, out = torch.zeros(2, 3, key_heads, 256, width, dtype=dtype), []
+        for start, stop in itertools.pairwise([0, *cuts, 200]):
+            parts, tensors = [[0, stop - start, 1, start]], [x[start:stop] for x in (q, k, v, *cos_sin)]
+            if beside:
+                parts = [[0, 9, 0, start], [9, stop - start, 1, start]]
+                tensors = [torch.cat(pair) for pair in zip(other, tensors, strict=True)]
+            *qkv, cos, sin = tensors
+            found = attend_cached(*qkv, (cos, sin), *cache, torch.tensor(parts), 0.3, window)
+            assert found is not None
+            out.append(found[-(stop - start) :])
+        return torch.cat(out), cache[:, 1]
+
+    whole, held = run([])
+    for cuts, beside in (([1, 2, 77, 130], False), ([33, 64, 199], True), (list(range(1, 200)), False)):
+        found, also_held = run(cuts, beside)
+        assert torch.equal(found, whole) and torch.equal(also_held, held)
+    turned_q, turned_k = (rotary(x, *cos_sin) for x in (q, k))
+    stream = plan_segments([Segment(0, 40), Segment(40, 200, 0, 40)], q.device)
+    assert torch.equal(answer_attention(turned_q, turned_k, v, stream, 0, 0.3, window), whole)
+    age_QK = torch.arange(200)[:, None] - torch.arange(200)
+    seen_QK = (age_QK >= 0) & (age_QK < (window or 200))
+    qkv = (x.double().transpose(0, 1) for x in (turned_q, turned_k, v))
+    expected = scaled_dot_product_attention(*qkv, attn_mask=seen_QK, scale=0.3, enable_gqa=True)
+    close(whole, expected.transpose(0, 1), 2 * tolerance)
+
+
 def test_a_plan_beyond_the_cache_is_refused() -> None:
     cache = KVCache(tiny_config("llama"), 2, 20, torch.zeros(()))
     cache.reserve(8)
@@ -106,6 +155,12 @@ def test_a_plan_beyond_the_cache_is_refused() -> None:
     for lengths in ([0, 0, 0], [held]):
         with pytest.raises(IndexError, match=f"in a cache of 2 and {held}"):
             DecodePlan(cache, lengths)
+    q = torch.randn(5, 4, 16)
+    for part in (Part(0, 5, 2, 0), Part(0, 5, 1, held - 4)):
+        with pytest.raises(IndexError, match=f"in a cache of 2 and {held}"):
+            Fill(cache, [part]).attend(0, q, q[:, :2], q[:, :2], 1.0, 0, None)
+    with pytest.raises(IndexError, match="5 queries, in parts of 4 tokens"):
+        Fill(cache, [Part(0, 4, 1, 0)]).attend(0, q, q[:, :2], q[:, :2], 1.0, 0, None)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
@@ -133,9 +188,15 @@ def test_pytorch_stores_and_attends_alike(
         own = copy.deepcopy(cache)
         return decode_attention(q, k, v, DecodePlan(own, lengths), 1, 0.3, window, cos_sin), own.layers
 
-    expected, filled = run()
+    def read() -> tuple[Tensor, Tensor]:
+        """The second row's first token, and one more of the third's."""
+        own = copy.deepcopy(cache)
+        plan = plan_segments([Segment(0, 1), Segment(1, 3)], q.device)
+        plan.fill = Fill(own, [Part(0, 1, 1, 0), Part(1, 3, 2, 33)])
+        return answer_attention(q, k, v, plan, 1, 0.3, window, cos_sin), own.layers
+
+    expected = *run(), *read()
     monkeypatch.setattr(native, "functions", dict)
-    found, also_filled = run()
-    close(found, expected, tolerance)
-    close(also_filled, filled, tolerance)
-    assert not torch.equal(filled, cache.layers)
+    for one, other in zip((*run(), *read()), expected, strict=True):
+        close(one, other, tolerance)
+    assert not any(torch.equal(filled, cache.layers) for filled in expected[1::2])

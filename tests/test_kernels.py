@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from reference import (
     IA3,
     LORA,
     RATE,
+    TYPES,
+    close,
     difference,
     make_user,
     random_examples,
@@ -27,6 +30,7 @@ from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
 from oppu_ray.kernels import (
     KEPT_PRODUCTS,
+    RowTiles,
     fuse,
     keep_freed_memory,
     pack_linears,
@@ -132,22 +136,60 @@ def test_token_losses_and_their_gradient_are_autograds(softcap: float) -> None:
     torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
-def test_large_linears_are_packed_compute_the_same_and_are_taken_out_again(
-    dtype: torch.dtype, tolerance: float
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
+def test_a_linears_row_has_the_same_bits_among_any_number_of_rows(
+    dtype: torch.dtype,
+    tolerance: float,
+    packed: bool,
+    threads: int,
+    normal: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of 1,536 inputs, whose sum oneDNN splits for one row, and MKL for fewer than 16; afterwards all is as before."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: packed)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 8)).to(dtype)
-    x = torch.randn(32, 256).to(dtype)
-    with torch.inference_mode():
-        before = model(x)
-        unpack = pack_linears(model)
-        after = model(x)
-    packs = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert ["forward" in vars(module) for module in model] == [packs, False]
-    unpack()
-    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
+    model = torch.nn.Sequential(torch.nn.Linear(1536, 200), torch.nn.Linear(200, 8, bias=False)).to(dtype)
+    x, threads_before = normal(300, 1536).to(dtype), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            before = model(x)
+            undo = pack_linears(model)
+            expected = model(x)
+            for num in (1, 2, 3, 11, 17, 33, 65, 100, 300):
+                for rows in (slice(num), slice(300 - num, 300)):
+                    assert torch.equal(model(x[rows]), expected[rows])
+                    assert torch.equal(model(x[None, rows])[0], expected[rows])
+            undo()
+            assert torch.equal(model(x), before)
+    finally:
+        torch.set_num_threads(threads_before)
+    close(expected, before, tolerance)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_tile_is_as_large_as_gives_a_row_the_same_bits() -> None:
+    """A product that is off for one row, for 2 to 7 rows in the last place, and for more than 100."""
+    weight, sizes = torch.randn(20, 40), list[int]()
+
+    def product(x_TI: Tensor) -> Tensor:
+        sizes.append(num := len(x_TI))
+        y_TO = x_TI @ weight
+        if num == 1 or num > 100:
+            y_TO = y_TO * (1 + 1e-6)
+        elif num < 8:
+            y_TO[-1] += 1e-6
+        return y_TO
+
+    tiles, x = RowTiles(), torch.randn(300, 20)
+    wanted = {1: [8], 3: [8], 8: [8], 9: [12], 32: [32], 33: [32, 8], 40: [48], 300: [96, 96, 96, 12]}
+    for num, expected in wanted.items():
+        tiles.apply(product, x[:num])
+        sizes.clear()
+        assert tiles.apply(product, x[:num]).shape == (num, 40)
+        assert sizes == expected
 
 
 def test_kept_products_are_limited_unless_the_operator_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
