@@ -4,7 +4,8 @@ In: a Hugging Face model whose target linears are wrapped once, and per slot an 
 bank's, IA3, or prompt tuning; mixed freely). Out: each token of a stream computed with its own slot's adapter, the
 gradients of all slots, one Adam step for all of them, and adapters in PEFT's own names.
 The decision a reader would question: a slot's product runs over that slot's tokens alone, never as one masked product
-over all slots. That is what keeps one user's NaN, and one user's rounding, out of another user's adapter.
+over all slots. That keeps one user's NaN out of another user's adapter. Passes that answer compute each token alone, so
+that no bit depends on other rows; in training, bits depend on the shapes of the pack.
 
 Shapes: T tokens, B rows of one token each, S slots, R rank of the bank, I and O widths of a linear, D hidden, P virtual
 tokens, K tokens whose last hidden states are wanted.
