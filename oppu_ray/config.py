@@ -45,7 +45,7 @@ Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 
-Format = Literal["jsonl", "lamp", "oppu", "hf", "table", "chitchat"]
+Format = Literal["auto", "jsonl", "lamp", "oppu", "hf", "table", "chitchat"]
 Strategy = Literal["next_token", "stem", "completion", "title_to_abstract"]
 PairForm = Literal["aligned", "next_token", "stem", "completion", "title_to_abstract", "mixed"]
 Preset = Literal["default", "paper", "code-compat"]
@@ -71,7 +71,10 @@ def section(kind: type[T]) -> type[T]:
 
 @section
 class DataConfig:
-    """Where histories come from. `format`: jsonl, lamp, oppu, hf, table (CSV or Parquet) or chitchat (embedded).
+    """Where histories come from; `formats.read_users` says what each `format` is, "auto" goes by the suffix of `path`.
+
+    `columns` maps our names of an item's fields to the source's, null drops one. `time_format` says how times are
+    written where they could be read in two ways: as `strptime` has it, or s, ms, us, ns for numbers since 1970.
 
     `target_order` says which targets `num_targets` keeps: the most "active", the first of the "file", or those with the
     smallest "hash", a sample that is the same in every order of the file. `first_queries` keeps that many of every
@@ -79,12 +82,15 @@ class DataConfig:
     and takes targets from its base users: settings are chosen on them, never on the users they are shown on.
     """
 
-    format: Format = "jsonl"
+    format: Format = "auto"
     path: str = ""
     outputs_path: str = ""
     hf_name: str = ""
     hf_split: str = "train"
     columns: dict[str, str | None] = field(default_factory=dict)
+    time_format: str = ""
+    csv_delimiter: Literal["", "comma", "semicolon", "tab", "pipe"] = ""
+    csv_escape: Literal["", "\\"] = ""
     num_targets: Count = 0
     num_base: Count = 0
     target_order: Literal["active", "file", "hash"] = "active"
@@ -94,6 +100,13 @@ class DataConfig:
     max_items_per_user: Count = 0
     first_queries: Count = 0
     base_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.time_format and "%" not in self.time_format and self.time_format not in ("s", "ms", "us", "ns"):
+            raise ValueError(
+                f"data.time_format: found {self.time_format!r}; expected a strptime format such as %d/%m/%Y, or s, ms, "
+                "us or ns for a number since 1970"
+            )
 
 
 @section

@@ -2,6 +2,7 @@
 
 In go golds and answers as text, out come numbers by metric name. A reader might question ROUGE's average: LaMP takes
 the median of 1,000 bootstrapped means, which is random in its fourth digit; we take the mean that it estimates.
+LaMP's ROUGE drops all letters but a to z: texts of a LaMP task that are mostly ASCII are scored so, others by words.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from oppu_ray.tasks import Task
+from oppu_ray.words import is_mostly_ascii, letters
 
 LOWER_IS_BETTER = frozenset({"mae", "rmse", "nll"})
 
@@ -53,7 +55,8 @@ def score_one(task: Task, gold: str, answer: str) -> dict[str, float]:
         ValueError: The gold is outside the task's label set.
     """
     if task.kind == "generation":
-        scores = _rouge_scorer().score(gold.strip(), answer.strip())
+        is_lamps = bool(task.lamp) and is_mostly_ascii(gold)
+        scores = _rouge_scorer(is_lamps).score(gold.strip(), answer.strip())
         return {name: float(scores[name].fmeasure) for name in task.metrics}
     if task.kind == "rating":
         return {"mae": _rating_error(task, gold, answer)}
@@ -62,10 +65,18 @@ def score_one(task: Task, gold: str, answer: str) -> dict[str, float]:
 
 
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(is_lamps: bool) -> Any:
+    """LaMP's scorer, which sees the letters a to z and digits only, or one that sees the words of every script."""
     from rouge_score.rouge_scorer import RougeScorer  # with NLTK and SciPy, a tenth of what a worker imports
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False, tokenizer=None if is_lamps else _AnyScript())
+
+
+class _AnyScript:
+    """A tokenizer of rouge_score's kind."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return letters(text)
 
 
 def _check_gold(task: Task, gold: str) -> None:

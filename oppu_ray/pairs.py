@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from oppu_ray.config import STRATEGIES, TaskConfig
 from oppu_ray.core import Item, Prompt, TrainingPair
 from oppu_ray.tasks import Task, make_prompt, memory_line, missing_fields, one_line, target_text
+from oppu_ray.words import first_words, num_words
 
 COMPLETION_SHARE = 0.2
 """Share of an item's words that "completion" puts in the prompt; LaMP's PEFT code draws it from 10 to 25 percent."""
@@ -62,9 +63,9 @@ def _split_item(task: Task, item: Item, strategy: str, max_words: int) -> tuple[
         tail = f" abstract: {one_line(item.abstract, max_words)}" if item.abstract else ""
         return "", f"{name}:", memory_line(task, item, max_words).removeprefix(f"{name}: ") + tail
     if text and strategy == "completion":
-        words = text.split()
-        num_given = min(max(1, int(len(words) * COMPLETION_SHARE)), len(words) - 1)
-        return "", " ".join([f"{name}:", *words[:num_given]]), " ".join(words[num_given:])
+        num = num_words(text)
+        given = first_words(text, min(max(1, int(num * COMPLETION_SHARE)), num - 1))
+        return "", f"{name}: {given}".rstrip(), text[len(given) :].lstrip()
     if text and strategy == "stem" and not rest:
         return "", f"{name}:", text
     if text and strategy == "stem" and (answer := getattr(item, rest[0][0])):

@@ -20,6 +20,7 @@ from typing import Any
 
 from oppu_ray.core import Item, UserHistory, UserSize
 from oppu_ray.files import write_atomic
+from oppu_ray.words import num_words
 
 USERS_NAME, INDEX_NAME = "users.jsonl", "index.json"
 Keep = Callable[[UserHistory], UserHistory | None]
@@ -186,4 +187,4 @@ def _item(values: dict[str, Any]) -> Item:
 
 def _num_words(item: Item) -> int:
     texts = (item.text, item.title, item.abstract, item.keywords, *item.context, *item.options)
-    return sum(len(text.split()) for text in texts if text)
+    return sum(num_words(text) for text in texts if text)

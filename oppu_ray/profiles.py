@@ -21,6 +21,7 @@ from statistics import mean, median
 
 from oppu_ray.core import Item
 from oppu_ray.tasks import Task, memory_line, one_line
+from oppu_ray.words import num_words
 
 METHODS = ("template", "model")
 MAX_ITEMS_SHOWN = 10  # to the model; the reference shows as many, picked at random
@@ -122,7 +123,7 @@ def _template(task: Task, items: Sequence[Item]) -> str:
         if task.kind == "rating":
             text += f" Mean {task.cue}: {mean(float(value) for value in values):.1f}."
         return text
-    lengths = [len(value.split()) for value in values]
+    lengths = [num_words(value) for value in values]
     noun = "paper title" if task.name == "citation" else {"You": "message"}.get(task.cue, task.cue)
     asking, shouting = (sum(value.endswith(mark) for value in values) for mark in "?!")
     text = f"A {noun} of this user has {median(lengths):g} words (from {min(lengths)} to {max(lengths)})"

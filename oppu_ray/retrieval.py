@@ -29,6 +29,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from oppu_ray.words import search_words
+
 log = logging.getLogger(__name__)
 
 KINDS = ("bm25", "dense", "hybrid", "recency", "random")
@@ -155,7 +157,8 @@ class Random(Retriever):
 class Bm25(Retriever):
     """Okapi BM25, bit for bit the scores of rank_bm25 0.2.2's `BM25Okapi` over the items before `before`.
 
-    Words are split on single spaces, case kept, as the paper's retrieval does. A negative inverse document frequency
+    Words are split on single spaces, case kept, as the paper's retrieval does; characters of scripts without spaces and
+    emoji are words of their own. A negative inverse document frequency
     (a word in more than half of the items) becomes `EPSILON` times the mean over all words, which may be negative too.
 
     Everything a past-only search needs is summed up once, in one pass: per word the items that hold it, in time order;
@@ -173,7 +176,7 @@ class Bm25(Retriever):
         counts: list[int] = []
         num_words, num_unique, num_known = [], [], []
         for text in texts:
-            split = text.split(" ")
+            split = search_words(text)
             counter = Counter(split)
             words.extend(map(numbers.__getitem__, counter))
             counts.extend(counter.values())
@@ -204,7 +207,7 @@ class Bm25(Retriever):
         return means
 
     def _score(self, query: str, before: int, visible: np.ndarray) -> np.ndarray:
-        known = np.array([self._numbers[w] for w in query.split(" ") if w in self._numbers], dtype=np.int64)
+        known = np.array([self._numbers[w] for w in search_words(query) if w in self._numbers], dtype=np.int64)
         starts = self._starts[known]
         lengths = self._starts[known + 1] - starts
         # The postings of all query words one after another; `term` says which query word a posting is for.

@@ -8,11 +8,15 @@ movie tags), which is computed once per row.
 
 from __future__ import annotations
 
+import difflib
+import re
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from oppu_ray.config import TaskConfig
 from oppu_ray.core import InputError, Item, Prompt
+from oppu_ray.words import first_words, last_words, num_words
 
 PROMPT_ORDERS = ("shared_first", "paper")
 METRICS = {"classification": ("accuracy", "macro_f1"), "rating": ("mae", "rmse"), "generation": ("rouge1", "rougeL")}
@@ -49,6 +53,18 @@ class Task:
     def instruction(self) -> str:
         """`ask`, then the label list: equal for every item of the task."""
         return f"{self.ask} Answer with one of: {', '.join(self.labels)}." if self.labels else self.ask
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The item fields that the task can use; no others are read."""
+        own = {field for field, _ in (*self.inputs, *self.memory)} | {self.target}
+        more = {"text"} if self.strategies else set()
+        return frozenset(own | more | ({"abstract"} if "title_to_abstract" in self.strategies else set()))
+
+    @property
+    def needed_fields(self) -> tuple[str, ...]:
+        """The item fields without which nothing can be learnt from an item."""
+        return ("text",) if self.strategies else (*(field for field, _ in self.inputs), self.target)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -180,7 +196,9 @@ def task_name(name: str) -> str:
         if name == task.name or (task.lamp and name.lower().replace("_", "-") == task.lamp.lower()):
             return task.name
     known = ", ".join(f"{task.name} ({task.lamp})" if task.lamp else task.name for task in TASKS)
-    raise InputError(f"task.name: unknown task {name!r}; expected one of {known}")
+    near = difflib.get_close_matches(name, [task.name for task in TASKS], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"task.name: unknown task {name!r}; expected one of {known}{hint}")
 
 
 def get_task(config: TaskConfig) -> Task:
@@ -195,14 +213,23 @@ def get_task(config: TaskConfig) -> Task:
         return task
     if not task.labels:
         raise ValueError(f"task.labels: {task.name} is answered in free text; expected no labels, got {config.labels}")
-    labels = tuple(label.strip() for label in config.labels)
+    labels = tuple(normal_label(label) for label in config.labels)
     if "" in labels or len(set(labels)) != len(labels):
         raise ValueError(f"task.labels: expected different, non-empty labels, got {config.labels}")
+    if len(labels) < 2:
+        raise ValueError(f"task.labels: found the one label {labels[0]!r}; expected at least 2 to choose from")
     if task.kind == "rating" and (
-        not all(label.isdecimal() for label in labels) or labels != tuple(sorted(labels, key=int))
+        not all(re.fullmatch(r"\d+(\.\d+)?", label) for label in labels) or labels != tuple(sorted(labels, key=float))
     ):
-        raise ValueError(f"task.labels: expected whole numbers from low to high for {task.name}, got {config.labels}")
+        raise ValueError(f"task.labels: expected numbers from low to high for {task.name}, got {config.labels}")
     return replace(task, labels=labels)
+
+
+def normal_label(label: str, labels: tuple[str, ...] = ()) -> str:
+    """A label as it is compared: white space as single spaces, composed characters, 4.0 as 4 where 4 is a label."""
+    label = unicodedata.normalize("NFC", one_line(label))
+    number = label.rstrip("0").rstrip(".") if re.fullmatch(r"-?\d+\.\d*", label) else label
+    return number if number in labels and label not in labels else label
 
 
 def missing_fields(task: Task, item: Item) -> tuple[str, ...]:
@@ -227,8 +254,8 @@ def needed_field(task: Task, item: Item) -> str | None:
 
 def one_line(text: str, max_words: int = 0) -> str:
     """`text` with white space as single spaces, cut to `max_words` words (0: not cut)."""
-    words = text.split()
-    return " ".join(words[:max_words] if max_words else words)
+    line = " ".join(text.split())
+    return first_words(line, max_words) if max_words else line
 
 
 def make_prompt(task: Task, item: Item, order: str, max_input_words: int) -> Prompt:
@@ -313,10 +340,9 @@ def _check_order(order: str) -> None:
 def _latest_words(turns: tuple[str, ...], max_words: int) -> list[str]:
     """The turns, one line each, without the earliest words beyond `max_words` (0: all)."""
     kept: list[str] = []
-    left = max_words or sum(len(turn.split()) for turn in turns)
+    left = max_words or sum(map(num_words, turns))
     for turn in reversed(turns):
-        words = turn.split()[-left:] if left else []
-        if words:
-            kept.append(" ".join(words))
-        left -= len(words)
+        if line := last_words(one_line(turn), left):
+            kept.append(line)
+        left -= num_words(line)
     return kept[::-1]

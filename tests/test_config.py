@@ -88,7 +88,7 @@ def test_values_are_converted_by_the_fields_type(path: Path) -> None:
         ),
         ("personal: {peft: {dropout: 1.0}}", "personal.peft.dropout: found '1.0'; expected less than 1"),
         ("personal: {peft: {dropout: nan}}", "personal.peft.dropout: found 'nan'; expected a finite number"),
-        ("data: {format: jsnl}", "data.format: found 'jsnl'; expected 'jsonl', .*; did you mean 'jsonl'?"),
+        ("data: {format: jsnl}", "data.format: found 'jsnl'; expected 'auto', 'jsonl', .*; did you mean 'jsonl'?"),
         ("data: {query_share: 1}", "data.query_share: found '1'; expected less than 1"),
         ("data: {min_items: -1}", "data.min_items: found '-1'; expected at least 0"),
         ("base: {dtype: float23}", "base.dtype: found 'float23'; .*; did you mean 'float32'?"),

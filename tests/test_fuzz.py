@@ -182,7 +182,7 @@ def test_a_parquet_file_damaged_within_is_refused(tmp_path: Path) -> None:
     data[100:400] = bytes(300)
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged Parquet file"):
-        load_histories(DataConfig("table", str(path)), TaskConfig("movie_tagging"), 0)
+        load_histories(DataConfig("table", str(path)), TaskConfig("tweet_paraphrase"), 0)
 
 
 @pytest.mark.parametrize(

@@ -162,15 +162,15 @@ def test_a_user_in_both_roles_is_rejected_and_a_repeated_record_left_out(tmp_pat
     users, rejected = load(tmp_path, lines)
     assert [(u.user_id, len(u.items)) for u in users] == [("c", 4), ("b", 5)]
     assert {(r.user_id, r.line): r.reason.split(";")[0] for r in rejected} == {
-        ("b", 4): "user_id is there twice, first in line 2",
-        ("a", 3): "the user is target and base",
+        ("b", 4): "The user is there twice, first in line 2",
+        ("a", 3): "The user is target and base",
     }
 
 
 def test_roles_for_some_users_only_are_an_error_for_the_others(tmp_path: Path) -> None:
     users, (rejected,) = load(tmp_path, [user("a", role="target"), user("b")])
     assert [u.user_id for u in users] == ["a"]
-    assert (rejected.user_id, rejected.reason) == ("b", "role is missing, others have one")
+    assert (rejected.user_id, rejected.reason) == ("b", "The user has no role, others have.")
 
 
 # --- bad input: the bad user is rejected by name, the good one stays
@@ -178,56 +178,80 @@ def test_roles_for_some_users_only_are_an_error_for_the_others(tmp_path: Path) -
 DEEP = '{"user_id": "bad", "history": ' + "[" * 100_000
 BAD: dict[str, tuple[Line, str]] = {
     "cut off": ('{"user_id": "bad", "history": [{"id": "1", "te', "not valid JSON: Unterminated string"),
-    "not an object": ("[1, 2]", "expected an object, got a list"),
+    "not an object": ("[1, 2]", "The record is a list; expected an object."),
     "too deep": (DEEP, "not valid JSON: "),
     "number too long": ('{"user_id": "bad", "x": ' + "1" * 5000 + "}", "not valid JSON: "),
-    "raw NUL": (b'{"user_id": "bad", "history": ["\0"]}', "NUL byte in the line"),
-    "no user id": ({"history": [item(1)]}, "user_id is missing; expected a string"),
-    "user id of wrong type": ({"user_id": 7, "history": [item(1)]}, "user_id: expected a string"),
-    "no history": ({"user_id": "bad"}, "history: missing; expected a list of items"),
-    "history of wrong type": ({"user_id": "bad", "history": {"a": 1}}, "history: wrong type; expected a list"),
-    "empty history": ({"user_id": "bad", "history": []}, "the history is empty"),
-    "one item": (user("bad", 1), "too few items; expected at least data.min_items = 2"),
-    "item of wrong type": (user("bad", history=[item(1), "film"]), "item 2: expected an object"),
-    "item without id": (user("bad", history=[item(1), item(2, id=...)]), "item 2: id is missing"),
-    "item id of wrong type": (user("bad", history=[item(1, id=1.5), item(2)]), "item 1: id: expected a string"),
-    "twice the same id": (user("bad", history=[item(1), item(2), item(1)]), "item id is there twice"),
-    "no text": (user("bad", history=[item(1), item(2, text=...)]), "item i2: text is missing or empty; movie_tagging"),
-    "blank text": (user("bad", history=[item(1), item(2, text=" \n")]), "item i2: text is missing or empty"),
-    "text of wrong type": (user("bad", history=[item(1), item(2, text=["a"])]), "item i2: text: expected a string"),
-    "no label": (user("bad", history=[item(1), item(2, label=None)]), "item i2: label is missing or empty"),
+    "raw NUL": (b'{"user_id": "bad", "history": ["\0"]}', "it holds a NUL byte"),
+    "no user id": ({"history": [item(1)]}, "The record has no user_id; expected a text or a number."),
+    "user id of wrong type": ({"user_id": [7], "history": [item(1)]}, "The record has a user_id that is a list"),
+    "no history": ({"user_id": "bad"}, "The record's history is nothing; expected a list of items."),
+    "history of wrong type": (
+        {"user_id": "bad", "history": {"a": 1}},
+        "The record's history is an object; expected a list",
+    ),
+    "empty history": ({"user_id": "bad", "history": []}, "The history is empty."),
+    "one item": (user("bad", 1), "The user has 1 item; expected at least 2 (data.min_items)."),
+    "item of wrong type": (user("bad", history=[item(1), "film"]), "Item 2 is a text; expected an object."),
+    "item without id": (
+        user("bad", history=[item(1), item(2, id=...)]),
+        "Item 2 has no id; expected a text or a number.",
+    ),
+    "item id of wrong type": (
+        user("bad", history=[item(1, id=True), item(2)]),
+        "Item 1 has an id that is true or false",
+    ),
+    "twice the same id": (user("bad", history=[item(1), item(2), item(1)]), "The item id 'i1' is there twice"),
+    "no text": (user("bad", history=[item(1), item(2, text=...)]), "Item 'i2' has no text, which movie_tagging needs"),
+    "blank text": (user("bad", history=[item(1), item(2, text=" \n")]), "Item 'i2' has no text"),
+    "text of wrong type": (
+        user("bad", history=[item(1), item(2, text=["a"])]),
+        "Item 'i2' has a text that is a list; expected a text",
+    ),
+    "no label": (user("bad", history=[item(1), item(2, label=None)]), "Item 'i2' has no label"),
     "unknown label": (
         user("bad", history=[item(1), item(2, label="Comedy")]),
-        "item i2: label is outside the set; expected one of sci-fi, ",
+        "Item 'i2' has the label 'Comedy'; expected one of sci-fi, ",
     ),
-    "label of wrong type": (user("bad", history=[item(1), item(2, label=True)]), "item i2: label: expected a string"),
+    "label of wrong type": (
+        user("bad", history=[item(1), item(2, label=True)]),
+        "Item 'i2' has a label that is true or false",
+    ),
     "time in some": (user("bad", history=[item(1), item(2, time=...)]), "1 of 2 items have no time"),
-    "no such time": (user("bad", history=[item(1), item(2, time="yesterday")]), "item i2: time: expected a year"),
-    "milliseconds": (user("bad", history=[item(1), item(2, time="1610101000000")]), "item i2: time: expected a year"),
-    "no such day": (user("bad", history=[item(1), item(2, time="2020-02-30")]), "item i2: time: expected a year"),
-    "time of wrong type": (user("bad", history=[item(1), item(2, time=[1])]), "item i2: time: expected a string"),
+    "no such time": (
+        user("bad", history=[item(1), item(2, time="yesterday")]),
+        "'yesterday' is not a time that is known",
+    ),
+    "day or month": (
+        user("bad", history=[item(1), item(2, time="05/06/2020")]),
+        "may begin with the day or with the month",
+    ),
+    "no such day": (
+        user("bad", history=[item(1), item(2, time="2020-02-30")]),
+        "'2020-02-30': day is out of range for month",
+    ),
+    "time of wrong type": (user("bad", history=[item(1), item(2, time=[1])]), "Item 'i2' has a time that is a list"),
     "escaped NUL": (
         user("bad", history=[item(1), item(2, text="a\0b")]),
-        "item i2: text: a NUL character at position 1",
+        "Item 'i2' has a text with a NUL character at position 1.",
     ),
     "surrogate": (
         user("bad", history=[item(1), item(2, text="a\ud800")]),
-        "item i2: text: lone surrogate U+D800 at position 1",
+        "Item 'i2' has a text with the lone surrogate U+D800 at position 1.",
     ),
     "invalid UTF-8": (
         json.dumps(user("bad")).encode().replace(b"film 2", b"film \xff"),
-        "item i2: text: invalid UTF-8 byte 0xff at position 5",
+        "Item 'i2' has a text with the byte 0xff, not UTF-8, at position 5. Is the file in another encoding",
     ),
-    "unknown role": (user("bad", role="tester"), "role: expected 'target', 'base' or none"),
-    "role of wrong type": (user("bad", role=["target"]), "role: expected 'target', 'base' or none"),
-    "another task": (user("bad", task="LaMP-3"), "the record's task is not the configured movie_tagging"),
-    "unknown task": (user("bad", task=3), "the record's task is not the configured movie_tagging"),
-    "query_start too high": (user("bad", query_start=6), "query_start: expected a whole number from 1"),
-    "query_start of wrong type": (user("bad", query_start="3"), "query_start: expected a whole number"),
-    "query_start true": (user("bad", query_start=True), "query_start: expected a whole number"),
+    "unknown role": (user("bad", role="tester"), "The role is 'tester'; expected 'target', 'base' or none"),
+    "role of wrong type": (user("bad", role=["target"]), "expected 'target', 'base' or none"),
+    "another task": (user("bad", task="LaMP-3"), "The record's task is 'LaMP-3'; expected 'movie_tagging'"),
+    "unknown task": (user("bad", task=3), "The record's task is '3'; expected 'movie_tagging'"),
+    "query_start too high": (user("bad", query_start=6), "query_start is 6; expected a whole number from 1 to 5"),
+    "query_start of wrong type": (user("bad", query_start="3"), "query_start is 3; expected a whole number"),
+    "query_start true": (user("bad", query_start=True), "query_start is True; expected a whole number"),
     "query before the past": (
         user("bad", history=[item(1), item(3), item(2)], query_start=2),
-        "item i3 of the past is later than the query i2 of 2020-01-02",
+        "Item 'i3' of the past is later than the query 'i2' of 2020-01-02.",
     ),
 }  # fmt: skip
 
@@ -239,7 +263,7 @@ def test_a_bad_user_is_rejected_by_name_and_the_rest_goes_on(tmp_path: Path, cas
     assert {u.user_id for u in users} == {"good", "fine"}
     assert reason in rejected.reason
     assert (rejected.path, rejected.line) == (str(tmp_path / "users.jsonl"), 2)
-    named = {"not an object": None, "no user id": None, "user id of wrong type": "7"}
+    named = {"not an object": None, "no user id": None, "user id of wrong type": "[7]"}
     assert rejected.user_id == named.get(case, "bad")
     assert len(rejected.value) <= 80
 
@@ -288,13 +312,16 @@ def test_items_may_lack_the_answer_where_only_queries_need_it(tmp_path: Path) ->
             user("b", history=papers, role="target"),
             user("c", history=papers, role="base"),
             user("d", history=[*papers, {**asked, "options": ["a"]}], role="target"),
+            user("e", history=papers, role="target", query_start=3),
         ],
         TaskConfig(name="LaMP-1"),
     )
-    assert [(u.user_id, len(u.items), len(u.queries)) for u in users] == [("a", 4, 1), ("c", 4, 0)]
+    assert [(u.user_id, len(u.items), len(u.queries)) for u in users] == [("a", 4, 1), ("b", 4, 0), ("c", 4, 0)]
     reasons = {r.user_id: r.reason for r in rejected}
-    assert reasons["b"] == "the query lacks options, label, which citation needs in a query"
-    assert reasons["d"] == "item q: options: expected two references"
+    assert reasons == {
+        "d": "Item 'q' has 1 options; expected two references.",
+        "e": "The query '3' has no options and no label, which citation needs in a query.",
+    }
 
 
 def test_labels_of_the_config_replace_the_tables(tmp_path: Path) -> None:
@@ -304,7 +331,9 @@ def test_labels_of_the_config_replace_the_tables(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_good_user_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"users.jsonl: no good user for movie_tagging remains.*line=1.*'bad'.*empty"):
+    with pytest.raises(
+        ValueError, match=r"no good user for movie_tagging remains; .*line 1, user 'bad': The history is empty."
+    ):
         load(tmp_path, [{"user_id": "bad", "history": []}])
     with pytest.raises(ValueError, match="no good user for movie_tagging remains; it holds no users"):
         load(tmp_path, [])
@@ -340,23 +369,24 @@ def test_what_is_rejected_names_its_user_whole_or_tells_nothing(tmp_path: Path) 
     lines = [user("good"), user(f" {long} ", history=[]), f'{{"user_id": "{long}", "history": ["my secret'.encode()]
     _, rejected = load(tmp_path, lines)
     assert [one.user_id for one in rejected] == [long.strip(), long.strip()]
-    good = "".join(f"ann,{number},comedy\n" for number in range(3))
-    path.write_text(f"user_id,text,label\n{good}ann,my secret\n")
+    good = "".join(f"bob,{number},comedy\n" for number in range(3))
+    path.write_text(f"user_id,text,label\n{good} ann ,my secret\n,his secret,comedy\n")
     _, rejected = load_histories(DataConfig(format="table", path=str(path)), MOVIES, 0)
     write_rejected(tmp_path / "rejected.jsonl", rejected)
-    (written,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
-    assert "ann" not in written and "secret" not in written and "expected 3 columns" in written
+    of_nobody, of_ann = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(of_ann)["user_id"] == "ann" and "my secret" in of_ann
+    assert "secret" not in of_nobody and "cannot be known" in of_nobody
 
 
 def test_two_normal_forms_of_an_id_are_one_user(tmp_path: Path) -> None:
     users, (rejected,) = load(tmp_path, [user("ren\u00e9"), user("rene\u0301")])
     assert [one.user_id for one in users] == ["ren\u00e9"]
-    assert rejected.reason == "user_id is there twice, first in line 1; this record is left out"
+    assert rejected.reason == "The user is there twice, first in line 1; this record is left out."
 
 
 def test_no_corruption_of_a_file_escapes_as_another_error(tmp_path: Path) -> None:
     rng = random.Random(0)
-    clean = "".join(json.dumps(user(f"u{number}", 3, role="base")) + "\n" for number in range(4)).encode()
+    clean = "".join(json.dumps(user(f"u{number}", 3)) + "\n" for number in range(4)).encode()
     num_rejected = 0
     for _ in range(300):
         damaged = bytearray(clean)

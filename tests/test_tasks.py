@@ -146,8 +146,8 @@ def test_labels_can_be_replaced_but_must_fit() -> None:
         ("news_headline", ("a", "b"), "free text"),
         ("movie_tagging", ("a", "a "), "different, non-empty"),
         ("movie_tagging", ("a", ""), "different, non-empty"),
-        ("product_rating", ("good", "bad"), "whole numbers from low to high"),
-        ("product_rating", ("5", "1"), "whole numbers from low to high"),
+        ("product_rating", ("good", "bad"), "numbers from low to high"),
+        ("product_rating", ("5", "1"), "numbers from low to high"),
     ]:
         with pytest.raises(ValueError, match=f"task.labels: .*{reason}"):
             get_task(TaskConfig(name=name, labels=labels))
