@@ -128,6 +128,25 @@ def prepare_base(config: BaseConfig, home: Path | None = None) -> Path:
     return target
 
 
+def linear_names(folder: Path) -> set[str]:
+    """The last names of the linears of a base's layers, which adapters may target; no weights are read.
+
+    Raises:
+        ValueError: The folder's architecture is not known.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: can't be opened as a causal language model: {error}") from error
+    output = model.get_output_embeddings()
+    linears = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not output)
+    return {name.rsplit(".", 1)[-1] for name in linears}
+
+
 def load_base(config: BaseConfig, path: Path | None = None, compute: str = "") -> Base:
     """Loads the base of `config`, preparing it first, or the base folder `path` (a merged one, say) in its place.
 

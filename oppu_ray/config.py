@@ -45,7 +45,11 @@ Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 
-Format = Literal["auto", "jsonl", "lamp", "oppu", "hf", "table", "chitchat"]
+Format = Literal[
+    "auto", "jsonl", "lamp", "oppu", "hf", "table", "chitchat",
+    "chatgpt", "claude", "oasst", "sharegpt", "whatsapp", "telegram", "slack", "twitter", "mbox",
+    "movielens", "goodreads", "amazon",
+]  # fmt: skip
 Strategy = Literal["next_token", "stem", "completion", "title_to_abstract"]
 PairForm = Literal["aligned", "next_token", "stem", "completion", "title_to_abstract", "mixed"]
 Preset = Literal["default", "paper", "code-compat"]
@@ -75,6 +79,7 @@ class DataConfig:
 
     `columns` maps our names of an item's fields to the source's, null drops one. `time_format` says how times are
     written where they could be read in two ways: as `strptime` has it, or s, ms, us, ns for numbers since 1970.
+    `user_name` says whose messages of a chat or a mailbox are learnt from; "*" makes everyone in it a user.
 
     `target_order` says which targets `num_targets` keeps: the most "active", the first of the "file", or those with the
     smallest "hash", a sample that is the same in every order of the file. `first_queries` keeps that many of every
@@ -89,6 +94,7 @@ class DataConfig:
     hf_split: str = "train"
     columns: dict[str, str | None] = field(default_factory=dict)
     time_format: str = ""
+    user_name: str = ""
     csv_delimiter: Literal["", "comma", "semicolon", "tab", "pipe"] = ""
     csv_escape: Literal["", "\\"] = ""
     num_targets: Count = 0
@@ -565,13 +571,19 @@ def from_overrides(default: T, overrides: Sequence[str]) -> T:
     return _check(type(default), values, "command line")
 
 
+PATHS = ("run_dir", "data.path", "data.outputs_path", "vault.path")
+NAMES_OR_PATHS = ("data.hf_name", "base.name", "base.deepspeed", "memory.embedder", "memory.profile")
+"""Names of the hub, of what is embedded, or of a part of the code; local paths where there is such a file."""
+
+
 def located(config: Config) -> Config:
-    """The config with the paths of run, data and vault made absolute, taken from `$OPPU_ROOT`, else from here.
+    """The config with all its paths absolute, taken from `$OPPU_ROOT`, else from here.
 
     Raises:
         ValueError: A path is relative, and here is the temporary copy of the code that a Ray job runs in.
     """
     root = Path(os.environ.get("OPPU_ROOT") or Path.cwd())
+    values = to_dict(config)
 
     def absolute(key: str, path: str) -> str:
         place = Path(path).expanduser()
@@ -582,14 +594,31 @@ def located(config: Config) -> Config:
             )
         return str(root / place) if path else path
 
-    run_dir = absolute("run_dir", config.run_dir)
-    data = dataclasses.replace(
-        config.data,
-        path=absolute("data.path", config.data.path),
-        outputs_path=absolute("data.outputs_path", config.data.outputs_path),
-    )
-    vault = dataclasses.replace(config.vault, path=absolute("vault.path", config.vault.path))
-    return dataclasses.replace(config, run_dir=run_dir, data=data, vault=vault)
+    for key in (*PATHS, *NAMES_OR_PATHS):
+        section, name = _place(values, key)
+        path = section[name]
+        file = path.partition(":")[0] if key == "data.hf_name" else path  # name:configuration
+        is_word = not file or (key == "memory.profile" and file in ("template", "base"))
+        if key in PATHS or (not is_word and (file.startswith(("./", "../", "~")) or (root / file).exists())):
+            section[name] = absolute(key, path)
+    if match := re.fullmatch(r"sqlite:///([^/:].*)", config.vault.registry_url):
+        values["vault"]["registry_url"] = f"sqlite:///{absolute('vault.registry_url', match[1])}"
+    return from_dict(values)
+
+
+def located_overrides(config: Config) -> list[str]:
+    """Overrides by which a job reads the same files as `config`, wherever it runs."""
+    before, after = to_dict(config), to_dict(located(config))
+    changed: list[str] = []
+    for key in (*PATHS, *NAMES_OR_PATHS, "vault.registry_url"):
+        (old, name), (new, _) = _place(before, key), _place(after, key)
+        changed += [f"{key}={new[name]}"] * (new[name] != old[name])
+    return changed
+
+
+def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    *sections, name = key.split(".")
+    return functools.reduce(lambda section, part: section[part], sections, values), name
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ the untouched base; what they prove, over queries and over users, is in `statist
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -69,7 +70,9 @@ def parse_arm(name: str) -> Arm:
     match = MEMORY_ARM.fullmatch(name)
     if match is None:
         known = ", ".join([*HEURISTIC_ARMS, *PLAIN_ARMS, "rag_k<K>, oppu_k<K>, pag, oppu_pag, pag_k<K>, oppu_pag_k<K>"])
-        raise ValueError(f"evaluate.arms: {name!r} is unknown; expected one of {known} (K: 1 to 9999)")
+        near = difflib.get_close_matches(name, [*HEURISTIC_ARMS, *PLAIN_ARMS, "rag_k1", "oppu_k1", "oppu_pag"], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"evaluate.arms: {name!r} is unknown; expected one of {known} (K: 1 to 9999){hint}")
     kind, top_k = match[1], int(match[2] or 0)
     control = ""
     if kind.startswith("oppu"):

@@ -32,10 +32,7 @@ def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig, form: str 
     Raises:
         ValueError: `task.strategy` is unknown or not one of the task's, or an item lacks what it needs.
     """
-    allowed = task.strategies or STRATEGIES  # where every item has a query-label pair, none of them is used
-    if config.strategy and config.strategy not in allowed:
-        expected = ", ".join(allowed)
-        raise ValueError(f"task.strategy: {config.strategy!r} does not fit {task.name}; expected one of: {expected}")
+    check_strategy(task, config.strategy)
     pairs = []
     for number, item in enumerate(items):
         is_plain = form not in ("aligned", "mixed") or (form == "mixed" and number % 2 == 1)
@@ -51,6 +48,14 @@ def make_pairs(task: Task, items: Sequence[Item], config: TaskConfig, form: str 
             prompt = Prompt("", asked, f"\n{cue}", order=config.prompt_order)
         pairs.append(TrainingPair(prompt, " " + completion, item.item_id))
     return pairs
+
+
+def check_strategy(task: Task, strategy: str) -> None:
+    """Raises ValueError where the task's items without a query-label pair cannot be trained on so."""
+    allowed = task.strategies or STRATEGIES  # where every item has a query-label pair, none of them is used
+    if strategy and strategy not in allowed:
+        expected = ", ".join(allowed)
+        raise ValueError(f"task.strategy: {strategy!r} does not fit {task.name}; expected one of: {expected}")
 
 
 def _split_item(task: Task, item: Item, strategy: str, max_words: int) -> tuple[str, str, str]:

@@ -8,17 +8,19 @@ evaluate -> predictions and the table. `oppu` and the files in `jobs/` call thes
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import hmac
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from oppu_ray.adapter_files import TENSORS_NAME
-from oppu_ray.base_model import Base, load_base, merge_adapter
+from oppu_ray.adapters import targets
+from oppu_ray.base_model import Base, linear_names, load_base, merge_adapter, prepare_base
 from oppu_ray.checkpoints import remove_checkpoints
 from oppu_ray.config import Config, MemoryConfig, to_dict
 from oppu_ray.core import Pack, Prediction, TrainResult, UserHistory
@@ -29,6 +31,7 @@ from oppu_ray.forget import without_forgotten
 from oppu_ray.history import load_histories, write_rejected
 from oppu_ray.machine import hardware
 from oppu_ray.packing import PackForecast, num_steps, plan_packs, plan_shards
+from oppu_ray.pairs import check_strategy
 from oppu_ray.prepared import Index, read_index, read_users, write_prepared
 from oppu_ray.privacy import epsilon_of
 from oppu_ray.progress import Progress, only_driver, progress_bar, stop_on_sigterm
@@ -40,9 +43,11 @@ from oppu_ray.workers import TASK_ADAPTER, open_base, run_units, task_work
 
 def prepare(config: Config) -> dict[str, Any]:
     """Read, check and index the histories; bad users go to `rejected.jsonl`."""
+    _check_task(config)
     folder = _folder(config, "prepare")
     with _result(config, "prepare") as result:
         users, rejected = load_histories(config.data, config.task, config.seed)
+        _check_users(config, users)
         with closing(open_vault(config)) as vault, vault.alone():
             keep = without_forgotten(vault)
             index = write_prepared(folder, users, keep)
@@ -69,7 +74,9 @@ def adapt(config: Config) -> dict[str, Any]:
 
     So once for every kind of prompt that the arms need; the result of the plain one is returned.
     """
+    _check_task(config)
     index = read_index(_folder(config, "prepare"))
+    _check_base(config)
     base = open_base(config)
     return [_adapt(one, index, base) for one in _kinds(config, _arms(config))][0]
 
@@ -280,7 +287,9 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def _trained_users(config: Config, index: Index) -> list[str]:
     """The targets who have an adapter for every arm that answers by their own: all arms answer the same queries."""
-    user_ids = sorted(size.user_id for size in index.sizes("target"))
+    user_ids = sorted(size.user_id for size in index.sizes("target") if size.num_queries)
+    if not user_ids:
+        raise ValueError(_NOTHING_TO_ASK)
     vault = open_vault(config)
     for one in _kinds(config, _own_arms(config)):
         run_id = _plan(one)[2]
@@ -322,8 +331,45 @@ def _answers(
 def run(config: Config) -> dict[str, Any]:
     """The whole line, from raw histories to the table; the last stage's result, and how many users failed for now."""
     _check_answers(config)
-    _, _, trained, evaluated = [stage(config) for stage in (prepare, adapt, train, evaluate)]
+    _check_task(config)
+    _check_base(config)
+    if not prepare(config)["num_queries"]:
+        raise ValueError(f"{_NOTHING_TO_ASK}: run prepare, adapt and train alone")
+    _, trained, evaluated = [stage(config) for stage in (adapt, train, evaluate)]
     return {**evaluated, "num_to_retry": trained["num_to_retry"]}
+
+
+_NOTHING_TO_ASK = "no target user has a later item that is a question with an answer, so there is nothing to evaluate"
+
+
+def _check_task(config: Config) -> None:
+    """Refuse a task, a strategy or an arm that there is not, before anything is read."""
+    check_strategy(get_task(config.task), config.task.strategy)
+    _arms(config)
+
+
+def _check_base(config: Config) -> None:
+    """Refuse a base that cannot be opened, and target modules that it has not, before anything is trained on it."""
+    linears = linear_names(prepare_base(config.base))
+    for stage, peft in (("adapt", config.adapt.peft), ("personal", config.personal.peft)):
+        for target in targets(peft):
+            if target not in linears:
+                near = difflib.get_close_matches(target, linears, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                known = ", ".join(sorted(linears))
+                raise ValueError(
+                    f"{stage}.peft.target_modules: found {target!r}; expected of {config.base.name}: {known}{hint}"
+                )
+
+
+def _check_users(config: Config, users: Sequence[UserHistory]) -> None:
+    """Refuse histories that a later stage could do nothing with."""
+    num_base = sum(user.role == "base" for user in users)
+    if num_base < config.federated.num_shards:
+        raise ValueError(f"federated.num_shards is {config.federated.num_shards}, but there are {num_base} base users")
+    labels = {item.label for user in users for item in (*user.items, *user.queries)}
+    if get_task(config.task).labels and len(labels) == 1:
+        raise ValueError(f"all items have the label {labels.pop()!r}; expected at least two labels to tell apart")
 
 
 def _check_answers(config: Config) -> None:

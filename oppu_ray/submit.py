@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oppu_ray.config import load_config, located, to_dict
+from oppu_ray.config import load_config, located, located_overrides, to_dict
 from oppu_ray.files import oppu_home, write_atomic
 from oppu_ray.progress import ClusterLost
 
@@ -126,7 +126,8 @@ def submit(stage: str, path: Path, overrides: Sequence[str], address: str | None
         ValueError: The config is wrong, this is no checkout, or there is no cluster at the address.
         ClusterLost: The cluster went away while the job was at work.
     """
-    config = located(load_config(path, tuple(overrides)))
+    typed = load_config(path, tuple(overrides))
+    config = located(typed)
     if not Path("jobs", f"{stage}.py").is_file():
         raise ValueError(f"{Path.cwd()} has no jobs/{stage}.py: call this in the checkout, whose code the job runs")
     if token_path().exists():
@@ -146,7 +147,7 @@ def submit(stage: str, path: Path, overrides: Sequence[str], address: str | None
     tries = (f"oppu-{stage}-{digest}-{number}" for number in itertools.count(1))
     job_id = next(name for name in tries if name not in known or not known[name].is_terminal())
     if job_id not in known:
-        arguments = [str(path.resolve()), *overrides, f"run_dir={config.run_dir}"]
+        arguments = [str(path.resolve()), *overrides, *located_overrides(typed)]
         environment = {"OPPU_ROOT": os.environ.get("OPPU_ROOT") or str(Path.cwd())}
         _submit(
             client,

@@ -172,9 +172,7 @@ def test_a_question_of_nobody_is_rejected(tmp_path: Path, missing: dict[str, Any
         asked = [{key: value for key, value in question.items() if key != "user_id"} for question in asked]
     path, outputs = dump(tmp_path / "q.json", asked), dump(tmp_path / "o.json", golds(1, 2))
     found = read(DataConfig(format="lamp", path=str(path), outputs_path=str(outputs)))
-    assert all(
-        isinstance(raw, Rejected) and "user_id" in raw.reason for raw in found
-    )
+    assert all(isinstance(raw, Rejected) and "user_id" in raw.reason for raw in found)
     assert len(found) == 2
 
 

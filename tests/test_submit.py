@@ -20,7 +20,7 @@ from line_tools import adapters, oppu, run_dir, tagging_user, write_config, writ
 from service import is_loopback, listening
 from tiny import tiny_base
 
-from oppu_ray.config import Config, DataConfig, located
+from oppu_ray.config import BaseConfig, Config, DataConfig, load_config, located, located_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "xyzzyplugh"
@@ -127,6 +127,39 @@ def test_relative_paths_start_where_the_job_was_submitted(tmp_path: Path, monkey
     monkeypatch.delenv("OPPU_ROOT")
     with pytest.raises(ValueError, match="run_dir is 'runs/a', and a job's own folder is a temporary copy"):
         located(config)
+
+
+def test_every_path_of_a_config_starts_at_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("models/tiny", "data/reviews", "embedders/mine", "writers/mine"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "zero.json").touch()
+    text = """
+        base: {name: models/tiny, deepspeed: zero.json}
+        data: {hf_name: "data/reviews:en"}
+        workers: {num_workers: 1}
+        memory: {embedder: embedders/mine, profile: writers/mine}
+        vault: {registry_url: "sqlite:///users.db"}
+    """
+    (tmp_path / "run.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(tmp_path / "run.yaml")
+    there = located(config)
+    assert (there.base.name, there.base.deepspeed) == (f"{tmp_path}/models/tiny", f"{tmp_path}/zero.json")
+    assert there.data.hf_name == f"{tmp_path}/data/reviews:en"
+    assert there.vault.registry_url == f"sqlite:///{tmp_path}/users.db"
+    assert (there.memory.embedder, there.memory.profile) == (f"{tmp_path}/embedders/mine", f"{tmp_path}/writers/mine")
+    overrides = located_overrides(config)
+    monkeypatch.chdir("/")  # as a job, in a folder of its own, sees it
+    assert located(load_config(tmp_path / "run.yaml", overrides)) == there and located(there) == there
+
+
+def test_a_name_that_is_no_folder_stays_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "template").mkdir()
+    config = Config(base=BaseConfig(name="org/model"), data=DataConfig(hf_name="org/reviews:en"))
+    there = located(config)
+    assert (there.base, there.memory, there.data.hf_name) == (config.base, config.memory, "org/reviews:en")
+    assert located(Config(base=BaseConfig(name="./model"))).base.name == f"{tmp_path}/model"
 
 
 def test_what_a_job_uploads_holds_no_data(inline: Path, tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_a_dialect_with_backslashes_is_an_option(tmp_path: Path) -> None:
     text = HEADER + "".join(f'a,"a \\"film\\", {number}",{number}\n' for number in (1, 2, 3))
     users, _ = load(write(tmp_path / "t.csv", text), csv_escape="\\")
     assert items(users["a"])[0] == ('a "film", 1', "1")
-    with pytest.raises(ValueError, match="no good user .* line 2: The row in line 2 is not valid CSV.*Whose row it is cannot be"):
+    with pytest.raises(
+        ValueError, match="no good user .* line 2: The row in line 2 is not valid CSV.*Whose row it is cannot be"
+    ):
         load(tmp_path / "t.csv")
 
 

@@ -78,9 +78,7 @@ def _rows_of(data: DataConfig, rows: _Rows, path: Path, suffix: str) -> Iterator
         return _parquet_rows(path, rows)
     if suffix in (".csv", ".tsv"):
         return _csv_rows(path, rows, data.csv_delimiter or ("tab" if suffix == ".tsv" else "comma"), data.csv_escape)
-    if suffix in JSON_LINES:
-        return files.json_lines(path)
-    return enumerate(files.json_array(path), start=1) if files.is_json_list(path) else files.json_lines(path)
+    return _json_rows(path, suffix)
 
 
 @dataclass
@@ -239,29 +237,64 @@ def _at(row: dict[str, Any], column: str) -> Any:
     return _at(inner, rest) if isinstance(inner, dict) else None
 
 
+def records(path: Path) -> Iterator[tuple[str, int, dict[str, Any] | Rejected]]:
+    """(file, line or number, record) of JSON lines, JSON lists or Parquet, one file or a folder of parts.
+
+    Raises:
+        ValueError: There is no such file, or one cannot be read.
+    """
+    known = (*JSON_LINES, ".json", ".parquet")
+    parts = [part for part in files.parts_of(path) if files.suffix_of(part) in known]
+    if not parts:
+        raise ValueError(f"data.path: {path}: expected a file, or a folder of files, of {', '.join(known)}")
+    for part in parts:
+        suffix = files.suffix_of(part)
+        if suffix == ".parquet":
+            source: Iterator[Row] = enumerate(_parquet_values(_open_parquet(part), part), start=1)
+        else:
+            source = _json_rows(part, suffix)
+        for line, row in source:
+            if isinstance(row, dict | Rejected):
+                yield str(part), line, row
+            else:
+                reason = f"The record is {kind_of(row)}; expected an object."
+                yield str(part), line, Rejected(str(part), line, None, short(row), reason)
+
+
+def _json_rows(path: Path, suffix: str) -> Iterator[Row]:
+    if suffix in JSON_LINES or not files.is_json_list(path):
+        return files.json_lines(path)
+    return enumerate(files.json_array(path), start=1)
+
+
 # --- Parquet
 
 
 def _parquet_rows(path: Path, rows: _Rows) -> Iterator[Row]:
-    import pyarrow.parquet  # slow to import, and only this format needs it
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+    file = _open_parquet(path)
     names = file.schema_arrow.names
     rows.check_columns(path, names)
     wanted = {(rows.column(name) or "") for name in (*USER_FIELDS, "history", "queries", *rows.fields)}
     columns = [name for name in dict.fromkeys(names) if name in wanted | {one.split(".")[0] for one in wanted}]
 
-    def values() -> Iterator[dict[str, Any]]:
-        try:
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
-        except (OSError, ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: damaged Parquet file: {error}") from error
+    return enumerate(_parquet_values(file, path, columns), start=1)
 
-    return enumerate(values(), start=1)
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow.parquet  # slow to import, and only this format needs it
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+
+
+def _parquet_values(file: Any, path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: damaged Parquet file: {error}") from error
 
 
 # --- CSV
