@@ -7,6 +7,8 @@ import dataclasses
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,6 +26,9 @@ DOCUMENTS = [
     *sorted((ROOT / "jobs").rglob("*.py")),
     *sorted((ROOT / "oppu_ray" / "bench").glob("*.py")),
 ]
+FILES = (".py", ".yaml", ".json", ".jsonl", ".zip", ".txt", ".lock", ".com")
+RESULTS = ("arms", "controls", "fingerprints", "gains", "nll_gains", "rows", "ratios")
+"""Parts of a `result.json`."""
 BY_NAME = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -61,23 +66,67 @@ def config_keys(kind: Any = Config, at: str = "") -> Iterator[str]:
             yield from config_keys(hint, f"{at}{name}.")
 
 
+def has_name(module: str, name: str) -> bool | None:
+    """Whether a module of ours defines a name; None if there is no such module."""
+    paths = [path for folder in ("oppu_ray", "serve") for path in (ROOT / folder).rglob(f"{module}.py")]
+    pattern = rf"^\s*(?:async )?(?:def|class) {name}\b|^\s*{name}\b *[:=]"
+    return any(re.search(pattern, path.read_text(), re.MULTILINE) for path in paths) if paths else None
+
+
+def wrong_commands(text: str, subcommands: set[str]) -> set[str]:
+    return set(re.findall(r"(?:^|[\s`/])oppu ([a-z]+)", text, re.MULTILINE)) - subcommands
+
+
+def wrong_targets(text: str) -> set[str]:
+    return set(re.findall(r"(?:^|[\s`])make ([a-z]\w*)", text, re.MULTILINE)) - targets()
+
+
+def wrong_modules(text: str) -> list[str]:
+    places = [(name, ROOT / name.replace(".", "/")) for name in re.findall(r"-m ((?:jobs|oppu_ray|serve)[\w.]*)", text)]
+    return [name for name, path in places if not (path.with_suffix(".py").is_file() or path.is_dir())]
+
+
+def wrong_keys(text: str) -> list[str]:
+    """What looks like a config key, `a.b=` or a name in a section of the config, and is none."""
+    known = set(config_keys())
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    given = re.findall(r"(?<![\w.=])([a-z_]+(?:\.[a-z_]+)+)=", text)
+    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_.]*[a-z])\b(?!\()", text)
+    named = [key for key in named if not has_name(*key.split(".", 1)) and not key.endswith(FILES)]
+    return [key for key in (*given, *named) if key not in known and key != "dotted.key"]
+
+
+def wrong_names(text: str) -> list[str]:
+    """What looks like `module.name`, ours or a library's, and is none; keys of the config and of results aside."""
+    wrong, keys = [], set(config_keys())
+    for whole in re.findall(r"(?<![\w./-])([a-z_]+(?:\.[A-Za-z_]+)+)(?![\w/-])", text):
+        module, name = whole.split(".")[:2]
+        if whole in keys or whole.endswith(FILES) or module in (*RESULTS, "dotted"):
+            continue
+        if module in ("jobs", "serve", "oppu_ray"):
+            path = ROOT / whole.replace(".", "/")
+            found = path.with_suffix(".py").is_file() or path.is_dir()
+        elif (ours := has_name(module, name)) is not None:
+            found = ours
+        else:
+            found = find_spec(module) is not None and hasattr(import_module(module), name)
+        wrong += [] if found else [whole]
+    return wrong
+
+
 @BY_NAME
 def test_every_oppu_command_is_a_subcommand(document: Path, subcommands: set[str]) -> None:
-    used = set(re.findall(r"(?:^|[\s`/])oppu ([a-z]+)", typed(document), re.MULTILINE))
-    assert used <= subcommands, f"{document}: no such subcommand: {', '.join(sorted(used - subcommands))}"
+    assert not wrong_commands(typed(document), subcommands), f"{document}: no such subcommand"
 
 
 @BY_NAME
 def test_every_make_command_is_a_target(document: Path) -> None:
-    used = set(re.findall(r"(?:^|[\s`])make ([a-z]\w*)", typed(document), re.MULTILINE))
-    assert used <= targets(), f"{document}: no such target: {', '.join(sorted(used - targets()))}"
+    assert not wrong_targets(typed(document)), f"{document}: no such target"
 
 
 @BY_NAME
 def test_every_module_that_is_run_is_there(document: Path) -> None:
-    for module in re.findall(r"-m ((?:jobs|oppu_ray|serve)[\w.]*)", typed(document)):
-        path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").is_file() or path.is_dir(), f"{document}: no module {module}"
+    assert not wrong_modules(typed(document)), f"{document}: no such module"
 
 
 @BY_NAME
@@ -93,22 +142,46 @@ def test_every_path_is_there(document: Path) -> None:
 
 @BY_NAME
 def test_every_config_key_is_known(document: Path) -> None:
-    known = set(config_keys())
-    sections = {key.partition(".")[0] for key in known if "." in key}
-    for key in re.findall(r"(?<![\w.=])([a-z_]+(?:\.[a-z_]+)+)=", typed(document)):
-        assert key in known or key == "dotted.key", f"{document}: {key} is not a config key"
-    for key in re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_.]*[a-z])\b(?!\()", typed(document)):
-        module = (ROOT / "oppu_ray" / f"{key.partition('.')[0]}.py").exists() or key.endswith((".py", ".yaml"))
-        assert key in known or module, f"{document}: {key} is not a config key"
+    assert not wrong_keys(typed(document)), f"{document}: not a config key"
 
 
-def test_every_function_the_readme_names_is_where_it_says() -> None:
-    for module, name in re.findall(r"(?<![\w./-])([a-z_]+)\.([A-Za-z_]+)", typed(ROOT / "README.md")):
-        path = ROOT / "oppu_ray" / f"{module}.py"
-        is_key = f"{module}.{name}" in set(config_keys())
-        if path.exists() and not is_key and name not in ("py", "yaml", "json", "jsonl"):
-            found = re.search(rf"^\s*(def|class) {name}\b|^{name}\b", path.read_text(), re.MULTILINE)
-            assert found, f"README.md: {module}.{name}: {path.name} has no {name}"
+@pytest.mark.parametrize("document", [one for one in DOCUMENTS if one.suffix == ".md"], ids=lambda path: str(path))
+def test_every_function_a_document_names_is_where_it_says(document: Path) -> None:
+    assert not wrong_names(typed(document)), f"{document}: no such name"
+
+
+def test_mistakes_in_a_document_are_found(subcommands: set[str]) -> None:
+    """A check that finds nothing in this text would find nothing anywhere."""
+    text = """
+    oppu train run.yaml workers.no_such_key=1 nosection.key=2 workers.num_workers=2
+    oppu trian run.yaml
+    make test
+    make tests_of_old
+    python -m jobs.fuzz
+    python -m jobs.no_such_job
+    `vault.keep_nothing` `vault.Vault` `vault.encrypt` `vault.py` `workers.Worker` `privacy.epsilon_max_of_old`
+    `federated.train_rounds` `federated.train_all_rounds` `no_module.some_function` `json.dumps` `json.dump_all`
+    `result.json` `fingerprints.histories` `jobs.chaos` `jobs.no_such_job`
+    """
+    assert wrong_commands(text, subcommands) == {"trian"}
+    assert wrong_targets(text) == {"tests_of_old"}
+    assert wrong_modules(text) == ["jobs.no_such_job"]
+    assert sorted(set(wrong_keys(text))) == [
+        "federated.train_all_rounds", "nosection.key", "privacy.epsilon_max_of_old", "vault.keep_nothing",
+        "workers.no_such_key",
+    ]  # fmt: skip
+    assert {"no_module.some_function", "json.dump_all", "jobs.no_such_job", "federated.train_all_rounds"} <= set(
+        wrong_names(text)
+    )
+    assert not {"json.dumps", "vault.Vault", "workers.Worker", "jobs.chaos"} & set(wrong_names(text))
+
+
+def test_there_is_something_to_check() -> None:
+    text = "\n".join(typed(document) for document in DOCUMENTS)
+    counts = [
+        len(re.findall(pattern, text)) for pattern in (r"oppu [a-z]+", r"make [a-z]+", r"-m jobs", r"[a-z_]+\.[a-z_]+=")
+    ]
+    assert min(counts) > 3, counts
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:

@@ -109,12 +109,16 @@ def test_a_second_driver_waits_for_the_first_or_for_the_signal_to_end(
 
 
 def test_a_disk_without_locks_trains_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, trained = [], []
+
     def no_locks(*_: object) -> None:
+        asked.append(1)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(module.fcntl, "flock", no_locks)
     with only_driver(tmp_path / "lock", lambda: False):
-        pass
+        trained.append(1)
+    assert len(asked) == len(trained) == 1, "it waited for a lock that nobody can hold, or did not ask for one"
 
 
 def test_where_nothing_can_be_redrawn_there_is_a_line_now_and_then(
