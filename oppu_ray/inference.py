@@ -259,6 +259,13 @@ class Engine:
             if key[0] == user_id:
                 self.slots.remove(key)
 
+    def forget_everyone(self) -> None:
+        """The same for all users; requests without a user and the adapters that `load` put in stay."""
+        keys = [*self.slots.keys(), *self.prefixes.keys()]
+        asking = [one.request.user_id for one in (*self._waiting, *self._rows)]
+        for user_id in {*asking, *(key[0] for key in keys)} - {""}:
+            self.forget(user_id)
+
     def _decode(self) -> None:
         """One token for every row whose prompt is read."""
         rows = [one for one in self._rows if not one.num_unread]

@@ -150,11 +150,8 @@ async def append(request: Request, user: User) -> dict[str, Any]:
 @me.post("/history/forget")
 async def forget_some(request: Request, user: User, body: ItemIds) -> dict[str, Any]:
     """Remove items, and every adapter version that was trained on them; then `refresh` trains without them."""
-    backend, user_hash = _backend(request), _of(user)
     folders = _run_folders(request)
-    receipt = await _bounds(request).run_apart(user, "forget_items", user_hash, body.item_ids, folders)
-    await backend.forget(user_hash)
-    return receipt
+    return await _bounds(request).run_apart(user, "forget_items", _of(user), body.item_ids, folders)
 
 
 @me.post("/refresh", status_code=202)
@@ -185,10 +182,7 @@ async def export(request: Request, user: User) -> Response:
 @me.delete("")
 async def forget(request: Request, user: User) -> dict[str, Any]:
     """Remove everything of the user, tokens included; the receipt is signed, keep it."""
-    backend, user_hash = _backend(request), _of(user)
-    receipt = await _bounds(request).run_apart(user, "forget_user", user_hash, _run_folders(request))
-    await backend.forget(user_hash)
-    return receipt
+    return await _bounds(request).run_apart(user, "forget_user", _of(user), _run_folders(request))
 
 
 @admin.get("/users", response_class=Response)

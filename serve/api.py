@@ -183,6 +183,7 @@ async def personalize(request: Request, user: User, body: PersonalizeRequest) ->
     ask = Ask(
         request_id=uuid.uuid4().hex,
         user_hash=str(user.user_hash),
+        generation=user.generation,
         question=_item(task, body.input),
         use_adapter=body.arm == "oppu",
         top_k=top_k,
@@ -218,6 +219,7 @@ def _sampled(request: Request, user: Token, body: Sampling, question: str | tupl
     return Ask(
         request_id=uuid.uuid4().hex,
         user_hash=str(user.user_hash),
+        generation=user.generation,
         question=question,
         use_adapter=body.model == "oppu",
         max_tokens=_checked_length(request, body.max_tokens),

@@ -142,10 +142,6 @@ class Engine:
         async for event in self.replica.ask(ask):
             yield event
 
-    async def forget(self, user_hash: str) -> None:
-        """See `Replica.forget`."""
-        await self.replica.forget(user_hash)
-
     def check_health(self) -> None:
         """Raises where Serve should replace this replica."""
         self.replica.loop.check()
@@ -227,13 +223,6 @@ class RayBackend:
             return await self._trainer.status.remote(user_hash)
         except (RayError, RayServeException):
             return Refresh("unknown")
-
-    async def forget(self, user_hash: str) -> None:
-        """Every replica drops the user; one that dies meanwhile has dropped them too."""
-        try:
-            await self._engine.broadcast("forget", user_hash).results_async(timeout_s=10, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError) as error:  # the vault has forgotten: the receipt must go out
-            logger.error("user %s: replicas were not told to forget: %s", user_hash[:12], type(error).__name__)
 
     async def metrics(self) -> str:
         """Our own metrics of all processes, from the exporters of the cluster's nodes."""

@@ -37,6 +37,7 @@ class Ask:
 
     Args:
         user_hash: From the verified token, never from the request.
+        generation: The user's when the token was verified; None: whoever is called so now.
         question: A text to continue, a chat, or an item of the run's task, asked as in training.
         use_adapter: Answer with the user's own adapter; False means the shared model.
         top_k: How many of the user's own items to put in the prompt (items only).
@@ -59,6 +60,7 @@ class Ask:
     num_logprobs: int | None = None
     stream: bool = False
     deadline_s: float = 60.0
+    generation: int | None = None
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,6 @@ class Backend(Protocol):
         ...
 
     async def refresh_status(self, user_hash: str) -> Refresh: ...
-
-    async def forget(self, user_hash: str) -> None:
-        """Drop what the replicas hold of this user."""
-        ...
 
     async def metrics(self) -> str:
         """All metrics of the service in Prometheus' text format."""

@@ -30,6 +30,7 @@ from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import Item, Request, TokenEvent
 from oppu_ray.evaluation import stop_ids
+from oppu_ray.following import Following
 from oppu_ray.inference import Engine
 from oppu_ray.kernels import return_freed_memory
 from oppu_ray.memory import query_prompt
@@ -238,28 +239,39 @@ class Replica:
         self._recall = Child(Recall, config, vault.root, vault.registry.url, num_threads=NUM_RETRIEVERS)
         self._num_recalling: Counter[str] = Counter()
         self._num_forgotten: Counter[str] = Counter()
+        self.following = Following(vault.registry, f"engine {name}", self.forget, self.forget_everyone)
         self.loop = EngineLoop(engine, measure)
         one_thread = partial(torch.set_num_threads, 1)  # no team of their own: see `build_engine`
         self._pool = FairThreads("load", NUM_LOADERS, LOADERS_PER_USER, prepare=one_thread)
+        self.following.start()
 
     def close(self) -> None:
         """End the threads; the vault stays open."""
         self._pool.close()
+        self.following.close()
         self._recall.end()
         self.loop.close()
 
-    async def forget(self, user_hash: str) -> None:
-        """Drop what the engine holds of a user: slots, cached prompts, requests under way."""
+    def forget(self, user_hash: str) -> None:
+        """Drop what the engine holds of a user: slots, cached prompts, requests under way.
+
+        Raises:
+            EngineDied: It is unknown what the engine still holds.
+        """
         self._num_forgotten[user_hash] += 1  # stops requests that have read something and not yet handed it over
         if self._num_recalling[user_hash]:  # its history is being read, or its index built
             self._recall.end()
         elif self._recall.is_running:
             try:
-                dropped = self._recall.submit("", "forget", user_hash)
-                await asyncio.wait_for(asyncio.wrap_future(dropped), RETRIEVERS_END_S)
+                self._recall.submit("", "forget", user_hash).result(RETRIEVERS_END_S)
             except (TimeoutError, Busy):
                 self._recall.end()
-        await self._call(self.loop.engine.forget, user_hash)
+        self.loop.call(self.loop.engine.forget, user_hash).result()
+
+    def forget_everyone(self) -> None:
+        """Drop what is held of any user, while the registry cannot say who was forgotten."""
+        self._recall.end()
+        self.loop.call(self.loop.engine.forget_everyone).result()
 
     def _call(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
         return asyncio.wrap_future(self.loop.call(function, *args))
@@ -299,8 +311,8 @@ class Replica:
         num_forgotten = self._num_forgotten[ask.user_hash]
 
         async def hand_over(request: Request, adapter: FittedAdapter | None = None) -> bool:
-            if self._num_forgotten[ask.user_hash] != num_forgotten:
-                raise _Refusal(409, "cancelled", "the user was forgotten")
+            if self.following.is_lost or self._num_forgotten[ask.user_hash] != num_forgotten:
+                raise self._cancelled()
             return await _within(deadline, self._call(self.loop.submit, request, adapter, sink))
 
         items = await self._find_items(ask, deadline)
@@ -327,8 +339,8 @@ class Replica:
                         raise EngineDied
                     # This answer's own fault: its adapter overflows, say. Asked again, it would fail again.
                     raise _Refusal(500, "answer_failed", unsent[-1].error or "the answer failed")
-                if reason == "cancelled":
-                    raise _Refusal(409, "cancelled", "the user was forgotten")
+                if reason == "cancelled" or self.following.is_lost:
+                    raise self._cancelled()
                 if ask.stream or reason is not None:
                     yield self._delta(unsent)
                     unsent = []
@@ -354,7 +366,7 @@ class Replica:
                     return await _within(deadline, asyncio.wrap_future(found))
                 except ChildLost:
                     if self._num_forgotten[user_hash] != num_forgotten:
-                        raise _Refusal(409, "cancelled", "the user was forgotten") from None
+                        raise self._cancelled() from None
                     if is_last:
                         raise
                     # The process went for another user's sake: the next one answers.
@@ -364,9 +376,16 @@ class Replica:
             if not self._num_recalling[user_hash]:
                 del self._num_recalling[user_hash]
 
+    def _cancelled(self) -> _Refusal:
+        if self.following.is_lost:
+            return _Refusal(503, "registry_unavailable", "the registry cannot be reached; try again")
+        return _Refusal(409, "forgotten", "you, or items of yours, were forgotten meanwhile")
+
     def _prepare(self, ask: Ask, items: Items = ()) -> tuple[Request, _Chosen]:
         """The question in tokens, with the user's own items in it, and which adapter should answer."""
         config = self.config
+        if ask.generation is not None:  # a token that was verified before its user was forgotten
+            self.vault.registry.check_generation(ask.user_hash, ask.generation)
         labels: tuple[tuple[int, ...], ...] = ()
         num_new = ask.max_tokens or config.serve.max_new_tokens
         if isinstance(ask.question, Item):

@@ -15,8 +15,9 @@ from dataclasses import replace
 
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config
+from oppu_ray.following import Following
 from oppu_ray.refresh import refresh_user
-from oppu_ray.registry import UserHash
+from oppu_ray.registry import Forgotten, UserHash
 from oppu_ray.vault import Vault
 from serve.messages import Refresh, failure_of
 
@@ -33,7 +34,11 @@ class Trainer:
         self._base: Base | None = None
         self._lock = threading.Lock()
         self._refreshes: dict[str, Refresh] = {}
+        self._under_way: str | None = None
+        self._ended = threading.Condition(self._lock)
+        self.following = Following(vault.registry, "trainer", self.forget, self.forget_everyone)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="train")
+        self.following.start()
 
     def start(self, user_hash: str) -> Refresh:
         """Queue a user, who may be there already. State "refused" means that the queue is full."""
@@ -58,8 +63,25 @@ class Trainer:
     def close(self) -> None:
         """Forget who waits, and wait for the training under way."""
         self._pool.shutdown(cancel_futures=True)
+        self.following.close()
+
+    def forget(self, user_hash: str) -> None:
+        """Drop a user from the queue, or end their training at its next step and wait for that."""
+        with self._lock:
+            self._refreshes.pop(user_hash, None)
+            self._ended.wait_for(lambda: self._under_way != user_hash)
+
+    def forget_everyone(self) -> None:
+        """The same for all users."""
+        with self._lock:
+            self._refreshes.clear()
+            self._ended.wait_for(lambda: self._under_way is None)
 
     def _train(self, user_hash: UserHash) -> None:
+        with self._lock:
+            if user_hash not in self._refreshes:  # forgotten while they waited
+                return
+            self._under_way = user_hash
         try:
             self._base = self._base or self._open_base()
             self._set(user_hash, "training")
@@ -68,10 +90,22 @@ class Trainer:
         except Exception as error:  # a thread's error would vanish, and the user would wait for ever
             failed = failure_of(error, f"user {user_hash[:12]}: training")
             self._set(user_hash, "failed", error=failed.message)
+        finally:
+            with self._lock:
+                self._under_way = None
+                self._ended.notify_all()
 
     def _progress(self, user_hash: str) -> Callable[[int, int], None]:
-        return lambda done, of_all: self._set(user_hash, "training", num_steps_done=done, num_steps=of_all)
+        def step_done(done: int, of_all: int) -> None:
+            if not self._set(user_hash, "training", num_steps_done=done, num_steps=of_all):
+                raise Forgotten(f"user {user_hash[:12]}: was forgotten while they were trained")
 
-    def _set(self, user_hash: str, state: str, **changes: object) -> None:
+        return step_done
+
+    def _set(self, user_hash: str, state: str, **changes: object) -> bool:
+        """Record how far a training has come; False if the user was forgotten."""
         with self._lock:
+            if user_hash not in self._refreshes:
+                return False
             self._refreshes[user_hash] = replace(self._refreshes[user_hash], state=state, **changes)  # type: ignore[arg-type]
+            return True

@@ -44,7 +44,6 @@ class FakeBackend:
         self.vault = vault
         self.asked: list[Ask] = []
         self.closed: list[str] = []
-        self.forgotten: list[str] = []
         self.text = "a short answer"
         self.refreshes = [Refresh()]
         self.fail_with: Failed | None = None
@@ -83,9 +82,6 @@ class FakeBackend:
     async def refresh_status(self, user_hash: str) -> Refresh:
         return self.refreshes.pop(0) if len(self.refreshes) > 1 else self.refreshes[0]
 
-    async def forget(self, user_hash: str) -> None:
-        self.forgotten.append(user_hash)
-
     async def metrics(self) -> str:
         return "ray_oppu_requests_total 1\n"
 
@@ -119,9 +115,6 @@ class RealBackend:
 
     async def refresh_status(self, user_hash: str) -> Refresh:
         return self.trainer.status(user_hash)
-
-    async def forget(self, user_hash: str) -> None:
-        await self.replica.forget(user_hash)
 
     async def metrics(self) -> str:
         return "ray_oppu_requests_total 1\n"
@@ -242,6 +235,11 @@ class FakeEngine:
         for request_id in [key for key, (request, _) in self.active.items() if request.user_id == user_id]:
             self.cancel(request_id)
         self.resident = [adapter_id for adapter_id in self.resident if not adapter_id.startswith(user_id)]
+
+    def forget_everyone(self) -> None:
+        for user_id in {request.user_id for request, _ in self.active.values()}:
+            self.forget(user_id)
+        self.resident = []
 
     def close(self) -> None:
         pass

@@ -181,6 +181,8 @@ def test_a_prompt_is_kept_for_its_user_and_version_alone() -> None:
     assert cached("", None) == 0
     engine.forget("bob")
     assert cached("bob", "b1") == cached("bob", None) == 0 and cached("ann", "a1") == cached("ann", None) == 23
+    engine.forget_everyone()
+    assert {user_id for user_id, _ in (*engine.slots.keys(), *engine.prefixes.keys())} == {""}
 
 
 def test_kept_prompts_stay_within_their_bytes() -> None:

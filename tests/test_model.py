@@ -318,7 +318,7 @@ class Service(RuleBasedStateMachine):
 
     def forget_in_replica(self, name: str) -> None:
         user_hash = str(self.vault.user_hash(name))
-        self.loop.run_until_complete(self.replica.forget(user_hash))
+        self.replica.forget(user_hash)
         assert user_hash not in {owner for owner, _ in (*self.engine.slots.keys(), *self.engine.prefixes.keys())}
 
     # ---- asking

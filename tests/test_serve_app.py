@@ -32,6 +32,7 @@ from tiny import tiny_base
 from oppu_ray.config import Config, load_config
 from oppu_ray.configs import find_config
 from oppu_ray.core import InputError, UserDone
+from oppu_ray.forget import forget_user
 from oppu_ray.registry import Refused
 from oppu_ray.vault import CorruptError, DiskError, Vault, open_vault
 from serve import trainer
@@ -119,6 +120,36 @@ def test_users_are_trained_one_after_another_and_each_can_watch(
     one.close()
 
 
+def test_who_is_forgotten_is_no_longer_trained_and_no_longer_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained: list[str] = []
+    begun, never = threading.Event(), threading.Event()
+
+    def train(_config: Config, _vault: Vault, user: str, _base: Any, progress: Callable[[int, int], None]) -> Any:
+        trained.append(user)
+        for step in range(30_000):
+            progress(step, 30_000)
+            begun.set()
+            never.wait(0.001)  # a step
+
+    monkeypatch.setattr(trainer, "refresh_user", train)
+    vault = Vault(tmp_path / "vault")
+    ann, bob = vault.user_hash("ann"), vault.user_hash("bob")
+    vault.add_users(["ann", "bob"])
+    base: Any = object()
+    one = Trainer(CONFIG, vault, lambda: base)
+    one.start(ann)
+    one.start(bob)
+    begun.wait()
+    assert f"process {one.following.name}" in forget_user(vault, "bob").checked
+    assert one.status(bob).state == "idle"
+    assert f"process {one.following.name}" in forget_user(vault, "ann").checked
+    assert one.status(ann).state == "idle" and trained == [ann]
+    one.close()
+    vault.close()
+
+
 class Handle:
     """A deployment's handle whose replicas answer with `events`, then raise."""
 
@@ -173,11 +204,6 @@ class Lost:
 
     def remote(self, user_hash: str) -> Any:
         return self.results_async(0, True)
-
-    def broadcast(self, method: str, user_hash: str) -> Lost:
-        if self.is_late:
-            return self
-        raise self.error
 
     async def results_async(self, timeout_s: float, return_exceptions: bool) -> None:
         raise self.error

@@ -19,6 +19,7 @@ from vault_tools import make_adapter, make_manifest, segment_files
 from oppu_ray.base_model import Base, load_base
 from oppu_ray.config import BaseConfig, Config, ServeConfig, TaskConfig
 from oppu_ray.core import Item, TokenEvent
+from oppu_ray.forget import forget_user
 from oppu_ray.packing import plain_tokenizer
 from oppu_ray.registry import Refused
 from oppu_ray.vault import DiskError, Vault
@@ -336,10 +337,10 @@ def test_forgetting_drops_the_index_and_ends_one_that_is_being_built(replica: Re
     ann = str(replica.vault.user_hash("ann"))
     answer(replica, text=Item("", text="cats"), top_k=1)
     link = replica._recall._link
-    asyncio.run(replica.forget(ann))
+    replica.forget(ann)
     assert replica._recall._link is link and link is not None, "the other users' indexes stay"
     replica._num_recalling[ann] += 1  # as while a question of hers waits for its items
-    asyncio.run(replica.forget(ann))
+    replica.forget(ann)
     assert not replica._recall.is_running and link._process.poll() is not None
     replica._num_recalling.clear()
     assert answer(replica, text=Item("", text="cats"), top_k=1)[0].items[0][0] == "0"
@@ -569,21 +570,67 @@ def test_an_adapter_that_was_being_loaded_when_its_user_was_forgotten_never_gets
     async def run() -> list[Event]:
         asking = asyncio.create_task(events_of(replica, question(replica)))
         await asyncio.to_thread(loading.wait, 10)
-        await replica.forget(ann)
+        replica.forget(ann)
         go_on.set()
         return await asking
 
     (failed,) = asyncio.run(run())
-    assert isinstance(failed, Failed) and failed.code == "cancelled"
+    assert isinstance(failed, Failed) and (failed.status, failed.code) == (409, "forgotten")
     assert not fake(replica).resident and not fake(replica).active
 
 
-def test_forgetting_cancels_and_empties_the_slot(replica: Replica) -> None:
+def test_who_is_forgotten_by_another_process_is_cancelled_and_dropped_before_the_receipt_is_there(
+    replica: Replica,
+) -> None:
+    commit(replica, "ann")
+    fake(replica).one_by_one = True
+    others = Vault(replica.vault.root)
+
+    async def run() -> list[Event]:
+        asking = asyncio.create_task(events_of(replica, question(replica)))
+        while not fake(replica).active:
+            await asyncio.sleep(0.005)
+        forgetting = asyncio.create_task(asyncio.to_thread(forget_user, others, "ann"))
+        while not replica._num_forgotten:  # the engine is in the middle of a step until the replica was told
+            await asyncio.sleep(0.005)
+        fake(replica).hold.set()
+        receipt = await forgetting
+        assert receipt.checked[1:] == (f"process {replica.following.name}",) and receipt.silent == ()
+        assert not fake(replica).resident and not fake(replica).active
+        fake(replica).one_by_one = False
+        fake(replica).hold.set()
+        return await asking
+
+    failed = asyncio.run(run())[-1]
+    assert isinstance(failed, Failed) and (failed.status, failed.code) == (409, "forgotten")
+    others.close()
+
+
+def test_an_ask_whose_token_was_verified_before_its_user_was_forgotten_leaves_nothing(replica: Replica) -> None:
+    token = replica.vault.registry.create_token("user", replica.vault.user_hash("ann"))
+    verified = replica.vault.registry.verify_token(token)
+    assert verified is not None
+    answer(replica, generation=verified.generation)
+    forget_user(replica.vault, "ann")
+    failed = failure(replica, generation=verified.generation)
+    assert (failed.status, failed.code) == (409, "forgotten")
+    replica.vault.add_users(["ann"])
+    assert failure(replica, generation=verified.generation).code == "forgotten"
+    assert not fake(replica).active and len(fake(replica).cancelled) == 0
+
+
+def test_a_replica_that_cannot_read_whom_to_forget_answers_nobody(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit(replica, "ann")
     answer(replica)
-    ann = str(replica.vault.user_hash("ann"))
-    asyncio.run(replica.forget(ann))
+    monkeypatch.setattr(type(replica.following), "is_lost", True)
+    failed = failure(replica, use_adapter=False)
+    assert (failed.status, failed.code) == (503, "registry_unavailable")
+    replica.forget_everyone()
     assert not fake(replica).resident
+    monkeypatch.undo()
+    assert answer(replica)[0].version
 
 
 def test_many_users_at_once_get_their_own_answers(replica: Replica) -> None:
