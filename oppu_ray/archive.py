@@ -7,6 +7,8 @@ archive cannot be larger inside than outside; and as nothing is unpacked by name
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import io
 import json
 import math
@@ -45,11 +47,11 @@ INDEX_NAME, HISTORY_NAME, ADAPTER, BLOBS = "archive.json", "history.jsonl", "ada
 ADAPTER_FILES = (CONFIG_NAME, TENSORS_NAME)
 
 
-def export_user(vault: Vault, user: str, path: Path) -> None:
-    """Write everything of a user into a new archive (mode 0600). The same content gives the same bytes.
+def pack_user(vault: Vault, user: str) -> bytes:
+    """Return everything of a user as an archive, made in memory. The same content gives the same bytes.
 
     Raises:
-        ValueError: No such user, something of theirs is corrupt, or `path` exists or cannot be written.
+        ValueError: No such user, or something of theirs is corrupt.
     """
     user_hash = vault.user_hash(user)
     if not vault.registry.has_user(user_hash):
@@ -69,17 +71,28 @@ def export_user(vault: Vault, user: str, path: Path) -> None:
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
         for name, data in sorted(entries.items()):
             archive.writestr(zipfile.ZipInfo(name), data)
+    digest = hmac.new(vault.derive_key("digest"), packed.getvalue(), hashlib.sha256).hexdigest()
+    vault.registry.record("export", user_hash, {"digest": digest})  # keyed: a short text could be guessed
+    return packed.getvalue()
+
+
+def export_user(vault: Vault, user: str, path: Path) -> None:
+    """Write everything of a user into a new archive (mode 0600).
+
+    Raises:
+        ValueError: As `pack_user`, or `path` exists or cannot be written.
+    """
+    user_hash, packed = vault.user_hash(user), pack_user(vault, user)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     with disk_errors(user_hash, "export"):
         try:
-            write_file(partial, packed.getvalue())
+            write_file(partial, packed)
             step(os.link, partial, path)
         except FileExistsError:
             raise ValueError(f"{path}: exists already; an export makes a new file") from None
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(path.parent)
-    vault.registry.record("export", user_hash, {"sha256": sha256(packed.getvalue())})
 
 
 def import_user(vault: Vault, user: str, path: Path, *, base_fingerprint: str | None) -> str | None:

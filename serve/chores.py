@@ -7,21 +7,18 @@ In: hashes of users, from verified tokens. Out: bytes and plain values, as the r
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from oppu_ray.archive import export_user
+from oppu_ray.archive import pack_user
 from oppu_ray.config import Config
 from oppu_ray.forget import forget_items, forget_user
 from oppu_ray.registry import UserHash
 from oppu_ray.vault import Vault
 from serve.history import add_items, newest_items
 from serve.messages import Failed
-
-_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class Chores:
@@ -40,10 +37,7 @@ class Chores:
 
     def export(self, user_hash: UserHash) -> bytes:
         """The user's archive."""
-        with tempfile.TemporaryDirectory(prefix="oppu-export-", dir=_MEMORY) as folder:
-            path = Path(folder) / "user.zip"
-            export_user(self._vault, user_hash, path)
-            return path.read_bytes()
+        return pack_user(self._vault, user_hash)
 
     def forget_user(self, user_hash: UserHash, folders: Sequence[Path]) -> dict[str, Any]:
         """The receipt of `forget.forget_user`."""
