@@ -221,7 +221,7 @@ def verify_receipt(
     """Check a receipt's signature and scan for what it says is gone. Returns what is wrong.
 
     Empty means proven for the vault, its registry, the folders and the processes that follow the audit log, and for
-    nothing else: `remains.search` looks into the rest of this machine.
+    nothing else.
 
     Args:
         folders: Scanned beside the vault (runs, caches, logs).
