@@ -62,7 +62,7 @@ def test_the_http_door_reaches_the_replica_and_sees_what_breaks_there(
 ) -> None:
     door, asked = fuzz.http_door(tmp_path), list[str]()
 
-    def broken(replica: Replica, ask: Ask) -> None:
+    def broken(replica: Replica, ask: Ask, *_: Any) -> None:
         asked.append(ask.request_id)
         raise TypeError("the canary")
 

@@ -205,7 +205,7 @@ def test_the_whole_line_runs_and_its_task_base_is_stored_plain(tmp_path: Path, k
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"quantization": "int4"}, "base.quantization is 'int4'; expected none, int8 or nf4"),
+        ({"quantization": "int4"}, "quantization: found 'int4'; expected 'none', 'int8' or 'nf4'"),
         ({"quantization": "nf4", "sharding": "zero3"}, "DeepSpeed cannot share such a base out"),
         ({"quantization": "int8", "deepspeed": "zero2.json"}, "expected base.quantization=none"),
     ],
