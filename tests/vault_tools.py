@@ -127,7 +127,7 @@ class PostgresServer:
         while any(_state_and_parent(Path("/proc", str(pid)))[0] not in "ZX" for pid in killed):
             time.sleep(0.01)
         for path in (pid_file, *self.folder.glob(".s.PGSQL.*")):
-            path.unlink()  # with the id of a zombie, where nothing reaps orphans, it keeps the next server from starting
+            path.unlink()  # with the id of a zombie (nothing may reap it) it keeps the next server from starting
 
 
 def _state_and_parent(process: Path) -> tuple[str, int]:
