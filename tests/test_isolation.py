@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import IA3, LORA, PROMPT, RS_LORA, random_adapter, tiny_model
-from tiny import ARCHITECTURES, VOCAB_SIZE
+from tiny import VOCAB_SIZE
 from transformers import PreTrainedModel
 
 from oppu_ray.config import PeftConfig
