@@ -124,7 +124,7 @@ def test_a_bad_user_is_rejected_with_the_reason_and_the_rest_goes_on(inline: Pat
     (line,) = (run_dir(inline) / "prepare" / "rejected.jsonl").read_text().splitlines()
     rejected = json.loads(line)
     assert (rejected["user_id"], rejected["line"], rejected["value"]) == ("bad", 7, "no such tag")
-    assert "item 1: label is outside the set; expected one of sci-fi" in rejected["reason"]
+    assert "Item '1' has the label 'no such tag'; expected one of sci-fi" in rejected["reason"]
     assert sorted(adapters(inline)) == TARGETS
 
 

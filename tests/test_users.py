@@ -224,14 +224,17 @@ def test_items_are_added_once_and_a_wrong_one_is_named(
     assert users("history", "add", "user-1", new) == {"num_added": 1, "num_items": 4}
     assert "item 'later': is there twice" in error(capsys, "users", "history", "add", "user-1", new)
     for line, expected in (
-        ('{"id": "x", "text": "a film", "label": "no such"}', "line 1: item x: label is outside the set"),
-        ('{"text": "a film"}', "line 1: item 1: id is missing"),
+        (
+            '{"id": "x", "text": "a film", "label": "no such"}',
+            "line 1: Item 'x' has the label 'no such'; expected one of",
+        ),
+        ('{"text": "a film"}', "line 1: Item 1 has no id; expected"),
         ('{"id": "x", ', "line 1: not valid JSON"),
-        ("[]", "line 1: item 1: expected an object"),
+        ("[]", "line 1: Item 1 is a list; expected an object."),
         (
             '{"id": "x", "time": "2021", "text": "a film", "label": "comedy"}\n'
             '{"id": "y", "text": "a film", "label": "comedy"}',
-            "1 of 2 items have no time; expected one in all or in none; the first without is y",
+            "1 of 2 items have no time, the first of them 'y'; expected one in all or in none",
         ),
     ):
         new.write_text(line)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from oppu_ray.config import DataConfig, Format
-from oppu_ray.formats import chitchat, files, hub, lamp, tables
+from oppu_ray.formats import assistants, chitchat, files, hub, lamp, mail, messengers, ratings, tables, twitter
 from oppu_ray.formats.files import bounded_lines
 from oppu_ray.formats.raw import RawUser, Users, short, user_name
 from oppu_ray.tasks import Task
@@ -25,6 +25,18 @@ READERS: dict[str, Callable[[DataConfig, Task], Users]] = {
     "oppu": lamp.read_oppu,
     "hf": hub.read_hub,
     "chitchat": chitchat.read_chitchat,
+    "chatgpt": assistants.read_chatgpt,
+    "claude": assistants.read_claude,
+    "oasst": assistants.read_oasst,
+    "sharegpt": assistants.read_sharegpt,
+    "whatsapp": messengers.read_whatsapp,
+    "telegram": messengers.read_telegram,
+    "slack": messengers.read_slack,
+    "twitter": twitter.read_twitter,
+    "mbox": mail.read_mbox,
+    "movielens": ratings.read_movielens,
+    "goodreads": ratings.read_goodreads,
+    "amazon": ratings.read_amazon,
 }
 WITHOUT_PATH = ("hf", "chitchat")
 BY_SUFFIX: dict[Format, tuple[str, ...]] = {"jsonl": (*tables.JSON_LINES, ".json"), "table": tables.TABLES}

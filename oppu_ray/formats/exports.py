@@ -1,4 +1,4 @@
-"""A downloaded export -> its files: the archive as it was downloaded, the folder it was unpacked to, or one file of it."""
+"""A downloaded export -> its files: the archive as downloaded, the folder it was unpacked to, or one file of it."""
 
 from __future__ import annotations
 
