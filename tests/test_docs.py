@@ -26,7 +26,7 @@ DOCUMENTS = [
     *sorted((ROOT / "jobs").rglob("*.py")),
     *sorted((ROOT / "oppu_ray" / "bench").glob("*.py")),
 ]
-FILES = (".py", ".yaml", ".json", ".jsonl", ".zip", ".txt", ".lock", ".com")
+FILES = (".py", ".yaml", ".json", ".jsonl", ".zip", ".txt", ".lock", ".gz", ".com")
 RESULTS = ("arms", "controls", "fingerprints", "gains", "nll_gains", "rows", "ratios")
 """Parts of a `result.json`."""
 BY_NAME = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -99,7 +99,7 @@ def wrong_keys(text: str) -> list[str]:
 def wrong_names(text: str) -> list[str]:
     """What looks like `module.name`, ours or a library's, and is none; keys of the config and of results aside."""
     wrong, keys = [], set(config_keys())
-    for whole in re.findall(r"(?<![\w./-])([a-z_]+(?:\.[A-Za-z_]+)+)(?![\w/-])", text):
+    for whole in re.findall(r"(?<![\w./-])([a-z_]+(?:\.[A-Za-z_]+)+)(?![\w./-])", text):
         module, name = whole.split(".")[:2]
         if whole in keys or whole.endswith(FILES) or module in (*RESULTS, "dotted"):
             continue
