@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from programs import skip_without
 from websockets.sync.client import ClientConnection, connect
 
 
@@ -87,7 +87,7 @@ def browser() -> Iterator[Browser]:
     """A fresh Chromium; skips the test where none is installed."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
+        skip_without("Chromium")
     with tempfile.TemporaryDirectory(prefix="oppu-chromium-", ignore_cleanup_errors=True) as folder:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += ["--disable-background-networking", "--window-size=1200,1400", "--remote-debugging-port=0"]

@@ -20,6 +20,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from programs import skip_without
 from pydantic import ValidationError
 from vault_tools import empty_postgres
 
@@ -253,7 +254,7 @@ def test_metrics_say_nothing_of_users() -> None:
 def promtool() -> str:
     """Where Prometheus is installed, its `promtool`."""
     if not shutil.which("prometheus"):
-        pytest.skip("no Prometheus here: apt-get install prometheus")
+        skip_without("Prometheus")
     return shutil.which("promtool") or "promtool"
 
 

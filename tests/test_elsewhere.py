@@ -17,6 +17,7 @@ import pytest
 import torch
 from line_tools import chat_user, write_config, write_users
 from peft import PeftModel
+from programs import skip_without
 from transformers import AutoModelForCausalLM
 
 from oppu_ray.adapters import peft_from_dict
@@ -93,7 +94,7 @@ def test_pefts_logits_are_ours(moved: Moved) -> None:
 def test_vllms_tokens_are_ours(moved: Moved, tmp_path: Path) -> None:
     python = os.environ.get("OPPU_VLLM_PYTHON")
     if not python:
-        pytest.skip("OPPU_VLLM_PYTHON names no Python with vLLM")
+        skip_without("vLLM")
     asked = {
         "base": str(moved.base.path),
         "adapter": str(moved.adapter),

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pytest
 import sqlalchemy as sa
+from programs import skip_without
 
 from oppu_ray.core import AdapterState, Item
 from oppu_ray.vault import Manifest, Vault
@@ -80,7 +80,7 @@ def postgres_server() -> Iterator[str]:
     found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
     initdb = shutil.which("initdb") or (found[-1] if found else None)
     if initdb is None:
-        pytest.skip("no PostgreSQL server here: apt-get install postgresql")
+        skip_without("PostgreSQL")
     binaries = Path(initdb).resolve().parent
     user = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="oppu-pg-") as folder:
