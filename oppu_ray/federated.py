@@ -45,10 +45,11 @@ from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import AdapterState, Pack, UserWork
 from oppu_ray.files import write_atomic
-from oppu_ray.packing import plan_shards, user_seed
+from oppu_ray.packing import plan_shards
 from oppu_ray.prepared import Index
 from oppu_ray.privacy import epsilon
 from oppu_ray.progress import ClusterLost, Progress
+from oppu_ray.randomness import user_seed
 from oppu_ray.secure import PublicKeys, Revealed, Unrecoverable, unmask
 from oppu_ray.shard_answers import (
     Expected,

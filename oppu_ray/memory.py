@@ -159,7 +159,8 @@ class Memories:
         memory = self._config.memory
         if not memory.name:
             return None
-        generation = self._generation(user.user_id)
+        # Read before the profile is written, which may take seconds.
+        generation = self._generation(user.user_id) if self._embedder is not None else None
         self.write_profiles([profiled or user])
         texts = [memory_line(self._task, item) for item in user.items]
         item_ids = [item.item_id for item in user.items]

@@ -26,7 +26,6 @@ from oppu_ray.attention_groups import Segment
 from oppu_ray.config import PeftConfig, TrainConfig
 from oppu_ray.core import Example, InputError, Pack, Prompt, TrainingPair, UserSize, UserWork
 from oppu_ray.progress import Forecast
-from oppu_ray.randomness import user_seed as user_seed  # its callers need both
 from oppu_ray.tasks import prompt_parts
 
 Tokenize = Callable[[str], list[int]]

@@ -20,8 +20,9 @@ from oppu_ray.base_model import Base
 from oppu_ray.config import Config
 from oppu_ray.core import InputError, UserDone, UserHistory
 from oppu_ray.hub import pin_models
-from oppu_ray.packing import plan_user, user_seed
+from oppu_ray.packing import plan_user
 from oppu_ray.privacy import account, private_backward
+from oppu_ray.randomness import user_seed
 from oppu_ray.registry import UserHash
 from oppu_ray.training import train_pack
 from oppu_ray.vault import Vault

@@ -115,7 +115,7 @@ class Party:
 
         Args:
             vector: uint64.
-            inbox: Sender -> shares dealt to this party; who is not in it is not in the sum.
+            inbox: Sender -> shares dealt to this party; a party without an entry is left out of the sum.
 
         Raises:
             ValueError: Too few senders, an unknown one, or a second vector.

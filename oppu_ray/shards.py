@@ -43,9 +43,10 @@ from oppu_ray.aggregation import (
 from oppu_ray.base_model import Base
 from oppu_ray.config import Config, FederatedConfig, TrainConfig
 from oppu_ray.core import Example, TrainResult, UserWork
-from oppu_ray.packing import plan_user, user_seed
+from oppu_ray.packing import plan_user
 from oppu_ray.prepared import Index, read_index
 from oppu_ray.privacy import is_drawn, noise, noise_key, on_grid
+from oppu_ray.randomness import user_seed
 from oppu_ray.secure import Party, PublicKeys
 from oppu_ray.training import Backward, PackState, UserState, backward_step, learning_rate, train_pack
 from oppu_ray.workers import encode_base_users, open_base, reason_of

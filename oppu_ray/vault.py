@@ -430,7 +430,7 @@ class Vault:
                     return self._change_history(user_hash, before, segments, lease).num_items
 
     def history(self, user: str) -> History:
-        """The list of a user's history: counts and segments, without reading them. `Refused` if no such user."""
+        """The list of a user's history: counts and segments, without reading them. `Forgotten` if no such user."""
         user_hash = self.user_hash(user)
         with disk_errors(user_hash, "list the history of"):
             while (found := self.registry.history(user_hash)).version is None:  # made with schema 1: list it once
@@ -503,7 +503,8 @@ class Vault:
         with disk_errors(user_hash, f"store {name} of"), self.writing(user_hash):
             if generation is None:
                 generation = self.registry.generation(user_hash)
-            self.registry.check_generation(user_hash, generation)
+            else:
+                self.registry.check_generation(user_hash, generation)
             path = self.user_folder(user_hash) / "blobs" / name
             with self._staged(self.frame(user_hash, f"blobs/{name}", data), user_hash) as staged:
                 with self.registry.fenced(user_hash, generation):

@@ -34,11 +34,12 @@ from oppu_ray.hub import split_revision
 from oppu_ray.kernels import fuse, keep_freed_memory
 from oppu_ray.layers import fuse_layers
 from oppu_ray.memory import Memories, Memory, choose_items, older_half
-from oppu_ray.packing import encode, plan_user, user_seed, virtual_tokens
+from oppu_ray.packing import encode, plan_user, virtual_tokens
 from oppu_ray.pairs import make_pairs
 from oppu_ray.prepared import Index, read_index, read_users
 from oppu_ray.privacy import account, noise_key, private_backward
 from oppu_ray.progress import Interrupted, Progress
+from oppu_ray.randomness import user_seed
 from oppu_ray.registry import Lease, Refused, RegistryError
 from oppu_ray.secure import derive
 from oppu_ray.tasks import get_task

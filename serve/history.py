@@ -30,7 +30,7 @@ def add_items(
     """Add the items of a `NewItems` body; returns how many the history has now, and the ids of the new ones.
 
     Args:
-        generation: The user's when the token was verified: who was forgotten since gets no new history.
+        generation: The user's when the token was verified; a user forgotten since then is refused.
 
     Returns:
         What to answer; `Failed` where the body is malformed or the history full.

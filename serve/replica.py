@@ -360,16 +360,14 @@ class Replica:
         num_forgotten = self._num_forgotten[user_hash]
         self._num_recalling[user_hash] += 1
         try:
-            for is_last in (False, True):
+            for _ in range(2):
                 found = self._recall.submit(user_hash, "find", user_hash, ask.question, ask.top_k)
                 try:
                     return await _within(deadline, asyncio.wrap_future(found))
                 except ChildLost:
                     if self._num_forgotten[user_hash] != num_forgotten:
                         raise self._cancelled() from None
-                    if is_last:
-                        raise
-                    # The process went for another user's sake: the next one answers.
+                    # The process was ended because another user was forgotten: the next one answers.
             raise ChildLost
         finally:
             self._num_recalling[user_hash] -= 1

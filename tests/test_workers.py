@@ -23,10 +23,11 @@ from oppu_ray.core import AdapterState, Example, Prediction, UserHistory
 from oppu_ray.forget import forget_user
 from oppu_ray.pool import RayWorker
 from oppu_ray.progress import Interrupted, Progress
+from oppu_ray.randomness import user_seed
 from oppu_ray.registry import RegistryError
 from oppu_ray.training import Ranks
 from oppu_ray.vault import Manifest
-from oppu_ray.workers import Worker, run_units, user_seed
+from oppu_ray.workers import Worker, run_units
 
 USERS = ("user-0", "user-1", "user-2")
 

@@ -144,8 +144,9 @@ def make_work(config: Any, num_users: int, num_steps: int, folder: Path) -> dict
     from oppu_ray.config import to_dict
     from oppu_ray.history import load_histories
     from oppu_ray.packing import make_rows, plan_user
+    from oppu_ray.randomness import user_seed
     from oppu_ray.training import learning_rate
-    from oppu_ray.workers import encode_user, user_seed
+    from oppu_ray.workers import encode_user
 
     users, _ = load_histories(config.data, config.task, config.seed)
     chosen = sorted((u for u in users if u.role == "target"), key=lambda u: (-len(u.items), u.user_id))[:num_users]
